@@ -1,0 +1,80 @@
+"""automatch: this checkpoint does not load into this model; which tensor goes where?
+
+Names are imported on first use, so that ``import automatch`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from automatch.errors import (
+        AutomatchError,
+        CheckpointError,
+        LoadError,
+        MappingError,
+        MissingExtraError,
+        ModelError,
+        TransformError,
+        UnsafeCheckpointError,
+    )
+    from automatch.load import LoadReport, load
+    from automatch.mapping import KeyMapping, Match, Question, Verdict
+    from automatch.matching import propose_mapping
+    from automatch.readers import open_checkpoint
+    from automatch.specs import StateSpec, TensorSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "automatch.errors": (
+        "AutomatchError",
+        "CheckpointError",
+        "LoadError",
+        "MappingError",
+        "MissingExtraError",
+        "ModelError",
+        "TransformError",
+        "UnsafeCheckpointError",
+    ),
+    "automatch.load": ("LoadReport", "load"),
+    "automatch.mapping": ("KeyMapping", "Match", "Question", "Verdict"),
+    "automatch.matching": ("propose_mapping",),
+    "automatch.readers": ("open_checkpoint",),
+    "automatch.specs": ("StateSpec", "TensorSpec"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AutomatchError",
+    "CheckpointError",
+    "KeyMapping",
+    "LoadError",
+    "LoadReport",
+    "MappingError",
+    "Match",
+    "MissingExtraError",
+    "ModelError",
+    "Question",
+    "StateSpec",
+    "TensorSpec",
+    "TransformError",
+    "UnsafeCheckpointError",
+    "Verdict",
+    "load",
+    "open_checkpoint",
+    "propose_mapping",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'automatch' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -347,7 +347,7 @@ def _match_to_dict(match: Match) -> dict[str, Any]:
         "transform": to_dict(match.transform),
         "score": round(match.score, 6),
         "confidence": round(match.confidence, 6),
-        "evidence": {name: getattr(match.evidence, name) for name in Evidence.__dataclass_fields__},
+        "evidence": asdict(match.evidence),
         "alternatives": [
             {"sources": list(a.sources), "transform": to_dict(a.transform), "confidence": round(a.confidence, 6)}
             for a in match.alternatives
@@ -368,7 +368,7 @@ def _match_from_dict(data: Mapping[str, Any]) -> Match:
         transform=from_dict(data.get("transform", {"op": "copy"})),
         score=float(data.get("score", 0.0)),
         confidence=confidence,
-        evidence=Evidence(**{name: data.get("evidence", {}).get(name) for name in Evidence.__dataclass_fields__}),
+        evidence=Evidence(**{f.name: data.get("evidence", {}).get(f.name) for f in fields(Evidence)}),
         alternatives=tuple(
             Alternative(tuple(a["sources"]), from_dict(a["transform"]), float(a["confidence"])) for a in data.get("alternatives", ())
         ),

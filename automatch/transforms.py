@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from automatch.errors import TransformError
@@ -121,8 +121,8 @@ def to_dict(transform: Transform) -> dict[str, Any]:
     """The JSON form, e.g. ``{"op": "concat", "dim": 0}``."""
     if isinstance(transform, Chain):
         return {"op": "chain", "steps": [to_dict(step) for step in transform.steps]}
-    fields = {name: getattr(transform, name) for name in transform.__dataclass_fields__}
-    return {"op": transform.op} | {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    values = {f.name: getattr(transform, f.name) for f in fields(transform)}
+    return {"op": transform.op} | {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def from_dict(data: Mapping[str, Any]) -> Transform:
@@ -141,8 +141,8 @@ def _step(data: Mapping[str, Any]) -> Step:
     cls = _CLASSES.get(str(data.get("op")))
     if cls is None:
         raise TransformError(f"unknown transform op {data.get('op')!r}; expected one of {', '.join([*_CLASSES, 'chain'])}")
-    names = cls.__dataclass_fields__
-    if set(data) - {"op"} != set(names):
+    names = [f.name for f in fields(cls)]
+    if set(data) != {"op", *names}:
         raise TransformError(f"transform {dict(data)!r} must have exactly the fields {', '.join(['op', *names])}")
     values = {name: tuple(data[name]) if isinstance(data[name], Sequence) and not isinstance(data[name], str) else data[name] for name in names}
     for name, value in values.items():

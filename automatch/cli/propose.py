@@ -1,0 +1,79 @@
+"""``automatch propose``: which checkpoint tensors feed which model key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from automatch.cli import console
+from automatch.cli.models import model_options, resolve_model
+
+if TYPE_CHECKING:
+    from automatch import KeyMapping
+
+
+@click.command()
+@click.argument("ckpt", type=click.Path())
+@model_options
+@click.option("--pin", "pins", multiple=True, metavar="KEY=SOURCE", help="Decide what feeds a model key; an empty SOURCE means nothing.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Confidence from which a match counts.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write the mapping (JSON) here.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one HTML file here.")
+@click.option("--all", "all_keys", is_flag=True, help="List every key.")
+@click.option("--json", "as_json", is_flag=True, help="Print the mapping as JSON instead of the report.")
+@click.option("--trust", is_flag=True, help="Allow a pickle to execute code while it is read.")
+@click.pass_context
+def propose(
+    ctx: click.Context,
+    ckpt: str,
+    model: str,
+    kwargs: str,
+    pins: tuple[str, ...],
+    threshold: float,
+    output: Path | None,
+    html: Path | None,
+    all_keys: bool,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Propose which tensors of CKPT feed which key of the model. Nothing is changed.
+
+    Exits with 0 if every parameter of the model is fed with confidence and no question is open, else with 1.
+    """
+    from automatch import propose_mapping
+
+    with console.working(f"Matching {ckpt} with {model}"):
+        mapping = propose_mapping(resolve_model(model, kwargs), ckpt, pins=parse_pins(pins), trust=trust)
+    if as_json:
+        console.say_json(mapping.to_dict())
+        for warning in mapping.warnings:
+            console.note(f"Warning: {warning}")
+    else:
+        console.say(mapping.report(all_keys=all_keys, width=console.width()))
+    if output:
+        console.note(f"Mapping written to {mapping.save(output)}")
+    if html:
+        console.note(f"Report written to {mapping.to_html(html)}")
+    ctx.exit(1 if mapping.questions or unfed_parameters(mapping.confident(threshold)) else 0)
+
+
+def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:
+    """``KEY=SOURCE`` texts as the ``pins`` of `propose_mapping`."""
+    parsed: dict[str, str | None] = {}
+    for pin in pins:
+        key, equals, source = pin.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pin!r} is not KEY=SOURCE", param_hint="--pin")
+        parsed[key] = source or None
+    return parsed
+
+
+def unfed_parameters(mapping: KeyMapping) -> list[str]:
+    """Model keys that may be parameters and that neither a match nor a tied key feeds."""
+    spec = mapping.target.spec
+    if spec is None:
+        return list(mapping.missing_keys)
+    fed = {spec[match.target].alias_of or match.target for match in mapping.matches}
+    return [key for key in mapping.missing_keys if spec[key].kind != "buffer" and (spec[key].alias_of or key) not in fed]

@@ -53,7 +53,7 @@ def ordered_entries(case: Case, order: str = "file", seed: int = 0) -> list[list
 
 def state_dict(case: Case, order: str = "file", seed: int = 0) -> dict[str, torch.Tensor]:
     """The source as a checkpoint holds it: keys to meta tensors."""
-    return {key: _tensor(shape, dtype) for key, shape, dtype, _ in ordered_entries(case, order, seed)}
+    return {key: meta_tensor(shape, dtype) for key, shape, dtype, _ in ordered_entries(case, order, seed)}
 
 
 def skeleton(case: Case, *, tied: bool = False) -> nn.Module:
@@ -76,7 +76,7 @@ def skeleton(case: Case, *, tied: bool = False) -> nn.Module:
         owner = _module_at(path, modules, classes)
         first = shared.get(key, key)
         if first not in made:
-            tensor = _tensor(shape, dtype)
+            tensor = meta_tensor(shape, dtype)
             made[first] = tensor if kind == "buffer" else nn.Parameter(tensor, requires_grad=False)
         (owner._buffers if kind == "buffer" else owner._parameters)[leaf] = made[first]
     return root
@@ -96,5 +96,6 @@ def _class(name: str) -> type[nn.Module]:
     return _CLASSES[name]
 
 
-def _tensor(shape: Sequence[int], dtype: str) -> torch.Tensor:
+def meta_tensor(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """An empty tensor on the meta device."""
     return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")

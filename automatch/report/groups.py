@@ -1,0 +1,60 @@
+"""The matches of a mapping under the rules that explain them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from automatch.mapping import KeyMapping, Match
+from automatch.report.collapse import collapse
+from automatch.report.wording import short, transform_text
+from automatch.transforms import to_dict
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A rename rule and the rows it explains.
+
+    Args:
+        pattern: the checkpoint keys it takes.
+        replacement: the model keys it gives.
+        transform: what happens to the tensors, in words; empty for a copy.
+        confidence: of its least sure match, in [0, 1].
+        rows: positions among the mapping's matches.
+    """
+
+    pattern: str
+    replacement: str
+    transform: str
+    confidence: float
+    rows: tuple[int, ...]
+
+
+def group_matches(mapping: KeyMapping, positions: Iterable[int] | None = None) -> tuple[Group, ...]:
+    """The matches (or those at ``positions``) by rule, the rules that explain most first."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for position in range(len(mapping.matches)) if positions is None else positions:
+        found.setdefault(_skeleton(mapping.matches[position]), []).append(position)
+    groups = [_group(mapping, positions) for positions in found.values()]
+    return tuple(sorted(groups, key=lambda group: -len(group.rows)))
+
+
+def _skeleton(match: Match) -> tuple[object, ...]:
+    sources = tuple(_NUMBER.sub("#", key) for key in match.sources)
+    return sources, _NUMBER.sub("#", match.target), str(to_dict(match.transform))
+
+
+def _group(mapping: KeyMapping, positions: list[int]) -> Group:
+    matches = [mapping.matches[position] for position in positions]
+    columns = zip(*(match.sources for match in matches), strict=True)
+    patterns = [collapse(column)[0].template for column in columns]
+    return Group(
+        pattern=short(" + ".join(patterns)),
+        replacement=short(collapse(match.target for match in matches)[0].template),
+        transform=transform_text(matches[0].transform),
+        confidence=min(match.confidence for match in matches),
+        rows=tuple(positions),
+    )

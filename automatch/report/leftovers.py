@@ -1,0 +1,118 @@
+"""Which keys that nothing feeds, or that feed nothing, are harmless, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from automatch.mapping import KeyMapping, Side
+from automatch.report.collapse import collapse
+from automatch.report.wording import shape_text, short
+from automatch.specs import TensorSpec
+
+_CONSTANTS = frozenset(
+    {
+        "position_ids",
+        "token_type_ids",
+        "relative_position_index",
+        "relative_coords_table",
+        "relative_position_bucket",
+        "attn_mask",
+        "causal_mask",
+        "attention_mask",
+        "masked_bias",
+        "inv_freq",
+        "original_inv_freq",
+        "freqs_cis",
+        "cos_cached",
+        "sin_cached",
+        "rel_pos_index",
+    }
+)
+_LOSS = re.compile(r"(^|[._])(loss|losses|criterion|criteria|lpips|metric|metrics)([._]|$)|(^|\.)\w*(loss|criterion)(_fn|_fct)?\.")
+
+COUNTER = "BatchNorm's counter of batches; changes no output in evaluation"
+CONSTANT = "a constant that the model computes itself"
+LOSS = "belongs to a loss or a metric, not to the network"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Keys of one kind that are left over.
+
+    Args:
+        template: the keys as one line, e.g. ``layers.{0…11}.attn.bias``.
+        keys: the keys themselves.
+        shapes: their shape, or the first of several with ``…``.
+        harmless: why it does no harm that they are left over; empty if it may.
+    """
+
+    template: str
+    keys: tuple[str, ...]
+    shapes: str
+    harmless: str = ""
+
+
+def missing_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
+    """The model's keys that nothing feeds, harmful ones first."""
+    fed = {match.target for match in mapping.matches}
+    tied = _tied(mapping.target, fed, "which is fed")
+    return _group(mapping.missing_keys, mapping.target, lambda key, spec: tied.get(key) or _reason(key, spec, loss_needs_buffer=True))
+
+
+def unexpected_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
+    """The checkpoint's keys that feed nothing, those that may matter first."""
+    used = {key for match in mapping.matches for key in match.sources}
+    tied = _tied(mapping.source, used, "which is used")
+    return _group(mapping.unexpected_keys, mapping.source, lambda key, spec: tied.get(key) or _reason(key, spec, loss_needs_buffer=False))
+
+
+def _reason(key: str, spec: TensorSpec | None, *, loss_needs_buffer: bool) -> str:
+    leaf = key.rpartition(".")[2]
+    shape = spec.shape if spec else None
+    kind = spec.kind if spec else None
+    if kind == "parameter":
+        return LOSS if _LOSS.search(key) and not loss_needs_buffer else ""
+    if leaf == "num_batches_tracked" and shape in ((), (1,), None):
+        return COUNTER
+    if leaf in _CONSTANTS or (leaf == "bias" and _is_causal_mask(shape)):
+        return CONSTANT
+    if _LOSS.search(key) and (kind == "buffer" or not loss_needs_buffer):
+        return LOSS
+    return ""
+
+
+def _is_causal_mask(shape: tuple[int, ...] | None) -> bool:
+    return shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] and shape[2] > 1
+
+
+def _tied(side: Side, done: set[str], state: str) -> Mapping[str, str]:
+    """For every left-over key that is one tensor with a key in ``done``: the reason in words."""
+    if side.spec is None:
+        return {}
+    first: dict[str, str] = {}
+    for tensor in side.spec:
+        if tensor.key in done:
+            first.setdefault(tensor.alias_of or tensor.key, tensor.key)
+    roots = ((tensor.key, first.get(tensor.alias_of or tensor.key)) for tensor in side.spec if tensor.key not in done)
+    return {key: f"tied to {short(other, 120)}, {state}" for key, other in roots if other is not None}
+
+
+def _group(keys: Iterable[str], side: Side, reason_of: Callable[[str, TensorSpec | None], str]) -> tuple[Leftover, ...]:
+    by_reason: dict[str, list[str]] = {"": []}
+    specs = {tensor.key: tensor for tensor in side.spec} if side.spec else {}
+    for key in keys:
+        by_reason.setdefault(reason_of(key, specs.get(key)), []).append(key)
+    return tuple(
+        Leftover(group.template, group.keys, _shapes(group.keys, specs), reason)
+        for reason, members in by_reason.items()
+        for group in collapse(members)
+    )
+
+
+def _shapes(keys: tuple[str, ...], specs: Mapping[str, TensorSpec]) -> str:
+    shapes = dict.fromkeys(shape_text(specs[key].shape) for key in keys if key in specs)
+    if not shapes:
+        return "?"
+    return next(iter(shapes)) + (" …" if len(shapes) > 1 else "")

@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Self, cast
 
-from automatch.specs import StateSpec, spec_of_state_dict
+from automatch.errors import CheckpointError
+from automatch.readers._base import Checkpoint, OpenCheckpoint
+from automatch.readers._files import open_path
+from automatch.readers._live import open_dict, open_spec
+from automatch.specs import StateSpec
+
+__all__ = ["Checkpoint", "OpenCheckpoint", "open_checkpoint"]
 
 
-class Checkpoint(Protocol):
-    """An open checkpoint: its spec at once, each tensor when asked for; a context manager."""
+class _Borrowed:
+    """A checkpoint that somebody else opened and will close."""
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self.inner = inner
 
     @property
-    def spec(self) -> StateSpec: ...
-
-    def tensor(self, key: str) -> Any: ...
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Checkpoint: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-
-class _DictCheckpoint:
-    def __init__(self, state_dict: Mapping[str, Any], spec: StateSpec) -> None:
-        self._state_dict, self.spec = state_dict, spec
+    def spec(self) -> StateSpec:
+        return self.inner.spec
 
     def tensor(self, key: str) -> Any:
-        return self._state_dict[key]
+        return self.inner.tensor(key)
 
     def close(self) -> None:
         pass
 
-    def __enter__(self) -> _DictCheckpoint:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
 
 
-def open_checkpoint(
-    ckpt: Any, *, like: StateSpec | None = None, wrapper: Sequence[str] | None = None, trust: bool = False
-) -> Checkpoint:
+def open_checkpoint(ckpt: Any, *, like: StateSpec | None = None, wrapper: Sequence[str] | None = None, trust: bool = False) -> Checkpoint:
     """Open a checkpoint: a path, a loaded dict (nested or bare), a `StateSpec`, or an open checkpoint.
+
+    Only headers are read and nothing is executed; tensors are read one at a time, when asked for.
 
     Args:
         ckpt: what to open.
         like: the model's spec; of several nested state dicts the one that fits it best is taken.
         wrapper: the path of dict keys to the state dict, when it is known already.
-        trust: allow unpickling arbitrary code.
+        trust: allow a pickle to run the code it wants to run.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no mapping of text to tensors.
+        UnsafeCheckpointError: reading it would execute code.
+        MissingExtraError: its format needs a package that is not installed.
     """
     if isinstance(ckpt, StateSpec):
-        return _DictCheckpoint({}, ckpt)
-    if isinstance(ckpt, str | Path):
-        import torch
-
-        ckpt = torch.load(ckpt, map_location="cpu", weights_only=True)
-    if "state_dict" in ckpt:
-        ckpt = ckpt["state_dict"]
-    return _DictCheckpoint(ckpt, spec_of_state_dict(ckpt))
+        return open_spec(ckpt)
+    if isinstance(ckpt, str | os.PathLike):
+        path = Path(cast("str | os.PathLike[str]", ckpt))
+        return open_path(path, like=like, wrapper=None if wrapper is None else tuple(wrapper), trust=trust)
+    if isinstance(ckpt, Mapping | list | tuple):
+        return open_dict(cast(Any, ckpt), like, wrapper)
+    if hasattr(ckpt, "spec") and hasattr(ckpt, "tensor"):
+        return _Borrowed(cast(Checkpoint, ckpt))
+    raise CheckpointError(f"a {type(ckpt).__name__} is not a checkpoint; pass a path, a dict of tensors or an open checkpoint")

@@ -1,0 +1,81 @@
+"""Checkpoints that are in memory already: loaded dicts, nested or bare, and specs without tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from automatch.errors import CheckpointError
+from automatch.readers._base import OpenCheckpoint, Region
+from automatch.readers._unwrap import Node, pick_state
+from automatch.specs import StateSpec, is_tensor, shape_of, spec_of_state_dict
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEntry:
+    """A tensor in memory."""
+
+    value: Any
+
+    def read(self) -> Any:
+        return self.value
+
+    def region(self) -> Region | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class NoEntry:
+    """A tensor of which only the spec is known."""
+
+    key: str
+    origin: str
+
+    def read(self) -> Any:
+        raise CheckpointError(f"{self.origin or 'the checkpoint'} is a spec without tensors; pass the checkpoint to read {self.key!r}")
+
+    def region(self) -> Region | None:
+        return None
+
+
+class LiveNode(Node):
+    """How `pick_state` looks into loaded dicts."""
+
+    @staticmethod
+    def tensor(value: Any) -> Any:
+        try:
+            found = is_tensor(value)
+        except RuntimeError as error:  # what an uninitialised (lazy) parameter raises when asked for its shape
+            raise CheckpointError("the checkpoint holds an uninitialised (lazy) parameter; save it after one batch has run") from error
+        return value if found and not _is_numpy_scalar(value) else None
+
+    @staticmethod
+    def shape(tensor: Any) -> tuple[int, ...]:
+        return shape_of(tensor, "a tensor")
+
+    @staticmethod
+    def mapping(value: Any) -> Mapping[Any, Any] | None:
+        return cast("Mapping[Any, Any]", value) if isinstance(value, Mapping) else None
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    import numpy as np
+
+    return isinstance(value, np.generic)
+
+
+def open_dict(ckpt: Any, like: StateSpec | None, wrapper: Sequence[str] | None, origin: str = "state_dict") -> OpenCheckpoint:
+    """Open a loaded checkpoint.
+
+    Raises:
+        CheckpointError: it holds no mapping of text to tensors.
+    """
+    state = pick_state(ckpt, LiveNode, origin=origin, like=like, wrapper=wrapper)
+    spec = replace(spec_of_state_dict(state.tensors, origin=origin), wrapper=state.path, notes=state.notes)
+    return OpenCheckpoint(spec, {key: LiveEntry(value) for key, value in state.tensors.items()}, tree=ckpt)
+
+
+def open_spec(spec: StateSpec) -> OpenCheckpoint:
+    """Open a spec: there are no tensors behind it."""
+    return OpenCheckpoint(spec, {key: NoEntry(key, spec.origin) for key in spec.keys})

@@ -1,0 +1,151 @@
+"""`load`: propose, keep what is confident, check every tensor, then load all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from automatch.apply import check_side, convert, open_source
+from automatch.errors import LoadError, ModelError
+from automatch.mapping import CONFIDENT, KeyMapping, Side
+from automatch.matching import Pins, propose_mapping
+from automatch.prepare import cast_warnings, prepare_state
+from automatch.refusal import explain_refusal, fed_keys, needed_keys, shorten, without_open_questions
+from automatch.specs import StateSpec, spec_of_model
+from automatch.transforms import Copy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LoadReport(NamedTuple):
+    """What `load` did; the first two fields are those of PyTorch's `load_state_dict`.
+
+    Args:
+        missing_keys: model keys that keep their initial value, tied and derived ones left out.
+        unexpected_keys: checkpoint keys that were not used.
+        loaded: model keys that were loaded, in the model's order.
+        converted: those of them that are not a plain copy of one checkpoint tensor.
+        withheld: model keys with a match that was not sure enough, or that hang on an open question.
+        adapted: model keys whose shape was adapted with ``adapt=``, and how.
+        to_train: the parameters that need training: not loaded, or adapted; for an optimizer group.
+        mapping: the whole mapping, withheld matches included.
+        warnings: what a person should know.
+        to_train_keys: the keys of `to_train`.
+    """
+
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    loaded: tuple[str, ...]
+    converted: tuple[str, ...]
+    withheld: tuple[str, ...]
+    adapted: dict[str, str]
+    to_train: tuple[nn.Parameter, ...]
+    mapping: KeyMapping
+    warnings: tuple[str, ...]
+    to_train_keys: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.loaded)} of {self.mapping.target.n_keys} model keys loaded"]
+        names = ("converted", "adapted", "withheld", "missing_keys", "unexpected_keys", "warnings")
+        parts.extend(f"{len(getattr(self, name))} {name.removesuffix('_keys')}" for name in names if getattr(self, name))
+        return f"LoadReport({', '.join(parts)})"
+
+
+def load(
+    model: nn.Module,
+    ckpt: Any,
+    *,
+    mapping: KeyMapping | str | os.PathLike[str] | None = None,
+    threshold: float = CONFIDENT,
+    strict: bool = True,
+    pins: Pins | None = None,
+    trust: bool = False,
+    adapt: Mapping[str, str] | None = None,
+) -> LoadReport:
+    """Load a checkpoint whose keys do not fit into a model: propose, apply what is confident, all or nothing.
+
+    Args:
+        model: the module; its parameters stay the same objects, with their dtype and device (meta ones are replaced).
+        ckpt: a path, an open checkpoint, or a loaded checkpoint dict.
+        mapping: a reviewed mapping (or its file) to use instead of proposing one.
+        threshold: matches are loaded from this confidence on, in [0, 1]; decided ones always.
+        strict: refuse when a parameter of the model would keep its initial value.
+        pins: pairs that a person has decided, as for `propose_mapping`; ``{target: None}`` also says that the
+            initial value is meant to stay.
+        trust: allow a pickle to execute code while it is read.
+        adapt: ``{key pattern: method}`` for model keys whose shape has changed, see `automatch.adapt`.
+
+    Raises:
+        LoadError: loading was refused, with the keys and how to go on; the model is bit for bit unchanged.
+        MappingError: the mapping was made for another model or checkpoint.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if not hasattr(model, "load_state_dict") or not hasattr(model, "named_modules"):
+        raise ModelError(f"load needs an nn.Module, got {type(model).__name__}; for a state_dict use mapping.apply(ckpt)")
+    target = spec_of_model(model)
+    whole = _mapping_for(target, ckpt, mapping, pins, trust)
+    plan = without_open_questions(whole.confident(threshold))
+    accepted = {key for key, source in (pins or {}).items() if source is None}
+    needed = [key for key in needed_keys(target, (m.target for m in plan.matches)) if key not in accepted]
+    if strict and needed:
+        raise LoadError(explain_refusal(whole, needed, threshold))
+    with open_source(whole, ckpt, trust=trust) as checkpoint:
+        state = dict(convert(plan.matches, checkpoint, target))
+        prepared = prepare_state(model, target, state)
+        notes = cast_warnings(model, prepared)
+        from automatch.atomic import replace_values
+
+        replace_values(model, prepared)
+    return _report(model, target, whole, plan, notes)
+
+
+def _mapping_for(
+    target: StateSpec, ckpt: Any, mapping: KeyMapping | str | os.PathLike[str] | None, pins: Pins | None, trust: bool
+) -> KeyMapping:
+    if mapping is None:
+        return propose_mapping(target, ckpt, pins=pins, trust=trust)
+    if not isinstance(mapping, KeyMapping):
+        mapping = KeyMapping.load(Path(mapping))
+    check_side(mapping.target, target, "model")
+    for key, sources in (pins or {}).items():
+        mapping = mapping.decide(key, sources)
+    return replace(mapping, target=Side.of(target))
+
+
+def _report(model: nn.Module, target: StateSpec, whole: KeyMapping, plan: KeyMapping, notes: tuple[str, ...]) -> LoadReport:
+    matched = {match.target for match in plan.matches}
+    fed = fed_keys(target, matched)
+    withheld = tuple(match.target for match in whole.matches if match.target not in fed)
+    missing = tuple(t.key for t in target if t.key not in fed and not t.key.endswith("num_batches_tracked"))
+    parameters = dict(model.named_parameters())
+    to_train = tuple(key for key in parameters if key not in fed)
+    return LoadReport(
+        missing_keys=missing,
+        unexpected_keys=plan.unexpected_keys,
+        loaded=tuple(t.key for t in target if t.key in fed),
+        converted=tuple(m.target for m in plan.matches if not isinstance(m.transform, Copy)),
+        withheld=withheld,
+        adapted={},
+        to_train=tuple(parameters[key] for key in to_train),
+        mapping=whole,
+        warnings=(*whole.warnings, *notes, *_left_warnings(model, missing)),
+        to_train_keys=to_train,
+    )
+
+
+def _left_warnings(model: nn.Module, missing: tuple[str, ...]) -> tuple[str, ...]:
+    """What keeps its initial value, and what has no value at all."""
+    found: list[str] = []
+    if missing:
+        found.append(f"{len(missing)} keys keep their initial values: {shorten(missing)}")
+    empty = [key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        found.append(
+            f"{len(empty)} tensors are still on the meta device and have no values ({shorten(empty)}); "
+            "compute them (e.g. non-persistent buffers) before running the model"
+        )
+    return tuple(found)

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from handmade import assert_unchanged, mapping_of, snapshot_of
+from torch import nn
+
+import automatch
+from automatch.errors import AutomatchError, LoadError, MappingError, ModelError
+from automatch.mapping import Match, Option, Question
+from automatch.specs import spec_of_state_dict
+from automatch.transforms import Concat, Slice
+
+
+class Net(nn.Module):
+    """A bit of everything: norm statistics, a tied head, a plain, a derived and a non-persistent buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("codes", torch.randn(3))
+        self.register_buffer("position_ids", torch.arange(4))
+        self.register_buffer("scratch", torch.randn(2), persistent=False)
+
+
+KEYS = {
+    "embed.weight": "e.w",
+    "conv.weight": "c.w",
+    "conv.bias": "c.b",
+    "norm.weight": "n.w",
+    "norm.bias": "n.b",
+    "norm.running_mean": "n.rm",
+    "norm.running_var": "n.rv",
+    "codes": "codebook",
+}
+
+
+@pytest.fixture
+def ckpt() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    state = Net().state_dict()
+    return {source: torch.rand_like(state[target]) for target, source in KEYS.items()} | {"loss.weight": torch.ones(2)}
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(2)
+    return Net()
+
+
+def test_everything_is_loaded_and_reported(model, ckpt):
+    identities = {key: id(tensor) for key, tensor in model.named_parameters()}
+    scratch = model.scratch.clone()
+    report = automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
+    for target, source in KEYS.items():
+        assert torch.equal(model.state_dict()[target], ckpt[source]), target
+    assert model.head.weight is model.embed.weight
+    assert {key: id(tensor) for key, tensor in model.named_parameters()} == identities
+    assert torch.equal(model.scratch, scratch)
+    assert report[:2] == (("position_ids",), ("loss.weight",))
+    assert set(report.loaded) == {*KEYS, "head.weight"}
+    assert (report.converted, report.withheld, report.adapted, report.to_train) == ((), (), {}, ())
+    assert repr(report) == "LoadReport(9 of 11 model keys loaded, 1 missing, 1 unexpected, 1 warnings)"
+    assert "position_ids" in report.warnings[0]
+
+
+def test_proposing_included(ckpt):
+    torch.manual_seed(3)
+    old, new = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    report = automatch.load(new, {"state_dict": {f"module.{key}": value for key, value in old.state_dict().items()}}, threshold=0.5)
+    assert torch.equal(new(torch.eye(3)), old(torch.eye(3)))
+    assert report.missing_keys == report.unexpected_keys == ()
+
+
+def test_tied_parameter_may_be_fed_under_either_key(model, ckpt):
+    feeds = KEYS | {"head.weight": "e.w"}
+    del feeds["embed.weight"]
+    automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, feeds))
+    assert torch.equal(model.embed.weight, ckpt["e.w"])
+    assert model.head.weight is model.embed.weight
+
+
+def test_tied_keys_with_different_values_are_refused(model, ckpt):
+    ckpt["h.w"] = ckpt["e.w"].clone()
+    mapping = mapping_of(model, ckpt, KEYS | {"head.weight": "h.w"})
+    automatch.load(model, ckpt, mapping=mapping)
+    ckpt["h.w"] += 1
+    before = snapshot_of(model)
+    with pytest.raises(LoadError, match=r"'embed.weight' and 'head.weight' are one tensor.*pins=\{'head.weight': None\}"):
+        automatch.load(model, ckpt, mapping=mapping)
+    assert_unchanged(model, before)
+    automatch.load(model, ckpt, mapping=mapping, pins={"head.weight": None})
+
+
+@pytest.mark.parametrize("gone", ["conv.bias", "norm.running_mean", "codes", "embed.weight"])
+def test_strict_names_what_would_stay_at_its_initial_value(model, ckpt, gone):
+    mapping = mapping_of(model, ckpt, {key: value for key, value in KEYS.items() if key != gone})
+    before = snapshot_of(model)
+    with pytest.raises(LoadError, match=rf"1 of 11 tensors.*\n  '{gone}': nothing in the checkpoint feeds it\n.*strict=False") as error:
+        automatch.load(model, ckpt, mapping=mapping)
+    assert "conv.weight" not in str(error.value)
+    assert_unchanged(model, before)
+    report = automatch.load(model, ckpt, mapping=mapping, strict=False)
+    assert gone in report.missing_keys
+    assert torch.equal(dict(model.named_parameters())["norm.weight"], ckpt["n.w"])
+    report = automatch.load(model, ckpt, mapping=mapping, pins={gone: None})
+    assert gone in report.missing_keys
+
+
+def test_to_train_goes_into_an_optimizer_group(model, ckpt):
+    feeds = {key: value for key, value in KEYS.items() if not key.startswith("conv")}
+    report = automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, feeds), strict=False)
+    assert report.to_train_keys == ("conv.weight", "conv.bias")
+    torch.optim.SGD([{"params": report.to_train, "lr": 0.1}])
+    assert report.to_train[0] is model.conv.weight
+
+
+def test_unsure_matches_are_withheld_unless_decided(model, ckpt):
+    mapping = mapping_of(model, ckpt, KEYS)
+    shaky = mapping_of(model, ckpt, {"conv.bias": "c.b", "conv.weight": "c.w"}, confidence=0.6).matches
+    mapping = mapping.with_matches([m for m in mapping.matches if not m.target.startswith("conv.")] + list(shaky))
+    before = snapshot_of(model)
+    with pytest.raises(
+        LoadError, match=r"'conv.bias': withheld, best is 'c.b' with confidence 0.60 < 0.95; accept with pins=\{'conv.bias': 'c.b'\}"
+    ):
+        automatch.load(model, ckpt, mapping=mapping)
+    assert_unchanged(model, before)
+    report = automatch.load(model, ckpt, mapping=mapping, strict=False)
+    assert report.withheld == ("conv.weight", "conv.bias")
+    report = automatch.load(model, ckpt, mapping=mapping, pins={"conv.bias": "c.b", "conv.weight": "c.w"})
+    assert report.withheld == ()
+    assert automatch.load(model, ckpt, mapping=mapping, threshold=0.5).withheld == ()
+
+
+def test_an_open_question_about_needed_keys_is_named_and_can_be_answered(model, ckpt):
+    straight = (Match("norm.weight", ("n.w",)), Match("norm.bias", ("n.b",)))
+    crossed = (Match("norm.weight", ("n.b",)), Match("norm.bias", ("n.w",)))
+    question = Question("q1", "which is the scale?", (Option("n.w", straight), Option("n.b", crossed)), ("norm.weight", "norm.bias"))
+    mapping = mapping_of(model, ckpt, KEYS, questions=(question,))
+    before = snapshot_of(model)
+    with pytest.raises(
+        LoadError, match=r"question q1 \('norm.weight', 'norm.bias'\): which is the scale\? \[0: n.w; 1: n.b\].*answer\('q1', 0\)"
+    ):
+        automatch.load(model, ckpt, mapping=mapping)
+    assert_unchanged(model, before)
+    automatch.load(model, ckpt, mapping=mapping.answer("q1", "n.b"))
+    assert torch.equal(model.norm.weight, ckpt["n.b"])
+
+
+def test_transforms_are_applied_and_listed(ckpt):
+    source = {"qkv": torch.randn(6, 3), "a": torch.randn(1, 3), "b": torch.randn(1, 3)}
+    model = nn.ModuleDict({"q": nn.Linear(3, 2, bias=False), "ab": nn.Linear(3, 2, bias=False)})
+    mapping = mapping_of(model, source, {"q.weight": ("qkv", Slice(0, 2, 2)), "ab.weight": (("a", "b"), Concat(0))})
+    report = automatch.load(model, source, mapping=mapping)
+    assert report.converted == ("q.weight", "ab.weight")
+    assert torch.equal(model["q"].weight, source["qkv"][2:4])
+    assert torch.equal(model["ab"].weight, torch.cat([source["a"], source["b"]]))
+
+
+def test_dtype_of_the_model_is_kept(ckpt):
+    model = Net().to(torch.bfloat16)
+    mapping = mapping_of(Net(), ckpt, KEYS)  # made for the model before it was converted
+    report = automatch.load(model, ckpt, mapping=mapping)
+    assert model.conv.weight.dtype is torch.bfloat16
+    assert torch.equal(model.conv.weight, ckpt["c.w"].bfloat16())
+    assert "8 tensors are rounded from float32 to the model's bfloat16" in report.warnings
+
+
+def test_integers_are_not_cast_into_parameters(model, ckpt):
+    ckpt["c.w"] = torch.ones(4, 4, 1, dtype=torch.uint8)
+    before = snapshot_of(model)
+    with pytest.raises(LoadError, match=r"dtype mismatch for 'conv.weight': checkpoint uint8, model float32.*quantised"):
+        automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("given", ["dict", "file"])
+def test_models_on_the_meta_device_take_the_tensors_over(ckpt, given, tmp_path):
+    with torch.device("meta"):
+        model = Net().half()
+    torch.save(ckpt, tmp_path / "c.pt")
+    report = automatch.load(model, ckpt if given == "dict" else tmp_path / "c.pt", mapping=mapping_of(model, ckpt, KEYS))
+    assert torch.equal(model.conv.weight, ckpt["c.w"].half())
+    assert model.head.weight is model.embed.weight
+    assert isinstance(model.embed.weight, nn.Parameter)
+    assert not model.embed.weight.is_meta
+    assert any("'position_ids', 'scratch'" in text and "meta device" in text for text in report.warnings)
+
+
+def test_taken_over_tensors_do_not_share_memory():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2, bias=False)})
+    source = {"w": torch.randn(2, 3)}
+    automatch.load(model, source, mapping=mapping_of(model, source, {"a.weight": "w", "b.weight": "w"}))
+    with torch.no_grad():
+        model["a"].weight.zero_()
+    assert model["b"].weight.abs().sum() > 0
+
+
+def test_frozen_parameters_stay_frozen(model, ckpt):
+    model.conv.weight.requires_grad_(False)
+    automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
+    assert not model.conv.weight.requires_grad
+    assert model.conv.bias.requires_grad
+
+
+def test_the_checkpoint_is_not_changed(model, ckpt):
+    before = {key: value.clone() for key, value in ckpt.items()}
+    automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(ckpt[key], value) for key, value in before.items())
+
+
+class Refusing(nn.Linear):
+    """Writes in place, then fails, as a hook of somebody's model may."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.weight.data.fill_(7)
+        raise ValueError("no, thank you")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_that_fails_midway_leaves_the_model_as_it_was(device):
+    model = nn.Sequential(nn.Linear(2, 2), Refusing(2, 2), nn.Linear(2, 2, device=device))
+    source = {key: torch.randn(value.shape) for key, value in model.state_dict().items()}
+    before = {key: (id(value), value.clone()) for key, value in model.named_parameters()}
+    with pytest.raises(LoadError, match="Sequential refused the tensors and is unchanged: no, thank you"):
+        automatch.load(model, source, mapping=mapping_of(model, source, {key: key for key in source}))
+    for key, value in model.named_parameters():
+        assert id(value) == before[key][0]
+        assert value.is_meta or torch.equal(value, before[key][1])
+
+
+def test_a_write_that_fails_midway_leaves_the_model_as_it_was(model, ckpt, monkeypatch):
+    before = snapshot_of(model)
+    mapping = mapping_of(model, ckpt, KEYS)
+    calls, copy = [], torch.Tensor.copy_
+
+    def failing(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return copy(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", failing)
+    with pytest.raises((LoadError, RuntimeError), match="out of memory"):
+        automatch.load(model, ckpt, mapping=mapping)
+    monkeypatch.undo()
+    assert len(calls) > 4
+    assert_unchanged(model, before)
+
+
+def test_a_read_that_fails_midway_leaves_the_model_as_it_was(model, ckpt):
+    class Broken:
+        spec = spec_of_state_dict(ckpt)
+
+        def tensor(self, key):
+            if key == "n.b":
+                raise OSError("the disk is gone")
+            return ckpt[key]
+
+    mapping = mapping_of(model, ckpt, KEYS)
+    before = snapshot_of(model)
+    with pytest.raises((OSError, AutomatchError), match="the disk is gone"):
+        automatch.load(model, Broken(), mapping=mapping)
+    assert_unchanged(model, before)
+
+
+def test_a_buffer_rewritten_by_its_module_and_load_hooks_work_as_in_pytorch():
+    class Doubling(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_load_state_dict_post_hook(self.double)
+
+        def double(self, *_):
+            self.weight.data.mul_(2)
+
+    source = {"w": torch.ones(2, 2), "b": torch.zeros(2)}
+    model = Doubling()
+    automatch.load(model, source, mapping=mapping_of(model, source, {"weight": "w", "bias": "b"}))
+    assert torch.equal(model.weight, torch.full((2, 2), 2.0))
+    assert torch.equal(source["w"], torch.ones(2, 2))
+
+
+def test_weights_under_parametrization_load_into_their_originals():
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    old = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    source = {f"x.{key}": value for key, value in old.state_dict().items()}
+    automatch.load(model, source, mapping=mapping_of(model, source, {key[2:]: key for key in source}))
+    assert torch.equal(model.weight, old.weight)
+
+
+def test_a_scripted_model_is_loaded_in_place():
+    with pytest.warns(DeprecationWarning, match="jit"):
+        model = torch.jit.script(nn.Linear(3, 2))
+    source = {"w": torch.ones(2, 3), "b": torch.zeros(2)}
+    automatch.load(model, source, mapping=mapping_of(model, source, {"weight": "w", "bias": "b"}))
+    assert torch.equal(model(torch.ones(1, 3)), torch.full((1, 2), 3.0))
+
+
+def test_mappings_for_other_models_are_refused(model, ckpt, tmp_path):
+    mapping = mapping_of(model, ckpt, KEYS)
+    other = nn.Linear(4, 4)
+    before = snapshot_of(other)
+    with pytest.raises(MappingError, match=r"made for another model: Net with 11 keys, not Linear with 2 keys"):
+        automatch.load(other, ckpt, mapping=mapping)
+    assert_unchanged(other, before)
+    automatch.load(model, ckpt, mapping=mapping.save(tmp_path / "m.json"))
+    with pytest.raises(MappingError, match=r"cannot read mapping"):
+        automatch.load(model, ckpt, mapping=tmp_path / "gone.json")
+
+
+def test_only_modules_can_be_loaded_into(ckpt):
+    with pytest.raises(ModelError, match=r"needs an nn.Module, got dict; for a state_dict use mapping.apply"):
+        automatch.load({}, ckpt)  # type: ignore[arg-type]
+
+
+def test_meta_checkpoints_have_nothing_to_load(model, ckpt):
+    empty = {key: value.to("meta") for key, value in ckpt.items()}
+    before = snapshot_of(model)
+    with pytest.raises(LoadError, match="is on the meta device and has no values"):
+        automatch.load(model, empty, mapping=mapping_of(model, empty, KEYS))
+    assert_unchanged(model, before)
+
+
+def test_loaded_models_still_pickle(model, ckpt):
+    automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
+    assert torch.equal(pickle.loads(pickle.dumps(model)).codes, ckpt["codebook"])

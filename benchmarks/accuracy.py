@@ -25,12 +25,13 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def fit_without(group: str, directory: Path) -> Path:
     return path
 
 
-def jobs_for(args: argparse.Namespace, pool: ProcessPoolExecutor, directory: Path) -> list[Job]:
+def jobs_for(args: argparse.Namespace, run_all: Callable[..., Iterable[Path]], directory: Path) -> list[Job]:
     """Every job that the command line asks for, heaviest cases first."""
     paths = sorted(corpus_cases.case_paths(args.cases), key=lambda path: -path.stat().st_size)
     cases: list[tuple[str, Path | int]] = [(order, path) for order in args.orders for path in paths]
@@ -120,7 +121,7 @@ def jobs_for(args: argparse.Namespace, pool: ProcessPoolExecutor, directory: Pat
     if args.loo:
         groups = {case: group_of(_case(case)["family"]) for _, case in cases}
         names = sorted(set(groups.values()))
-        fitted = dict(zip(names, pool.map(fit_without, names, [directory] * len(names)), strict=True))
+        fitted = dict(zip(names, run_all(fit_without, names, [directory] * len(names)), strict=True))
         jobs += [
             Job("automatch", order, case, fitted[groups[case]], args.timeout) for order, case in sorted(cases, key=lambda c: groups[c[1]])
         ]
@@ -130,13 +131,18 @@ def jobs_for(args: argparse.Namespace, pool: ProcessPoolExecutor, directory: Pat
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run all jobs and gather them by run."""
     records: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(args.processes) as pool:
-        jobs = jobs_for(args, pool, Path(directory))
-        for job, record in zip(jobs, _progress(pool.map(run_job, jobs, chunksize=1), len(jobs)), strict=True):
+    with tempfile.TemporaryDirectory() as directory, _pool(args.processes) as pool:
+        run_all = pool.map if pool else map
+        jobs = jobs_for(args, run_all, Path(directory))
+        for job, record in zip(jobs, _progress(run_all(run_job, jobs), len(jobs)), strict=True):
             records.setdefault(job.run, []).append(record)
     for members in records.values():
         members.sort(key=lambda record: record["id"])
     return [figures.run_data(*run, members) for run, members in records.items()]
+
+
+def _pool(processes: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    return ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) if processes > 1 else nullcontext()
 
 
 def _progress(results: Iterable[dict[str, Any]], total: int) -> Iterable[dict[str, Any]]:
@@ -176,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS), help="default: automatch and all baselines")
     result.add_argument("--loo", action="store_true", help="also leave-one-family-out")
     result.add_argument("--generated", type=int, default=0, metavar="N", help="also N random refactorings (generator.py)")
-    result.add_argument("--processes", type=int, default=2)
+    result.add_argument("--processes", type=int, default=2, help="default 2; 1 runs everything in this process")
     result.add_argument("--timeout", type=float, default=120, help="seconds per case for automatch (default 120)")
     result.add_argument("--tool-timeout", type=float, default=20, help="seconds per case for each baseline (default 20)")
     result.add_argument("--print", action="store_true", dest="only_print", help="print the page, write nothing")
@@ -184,11 +190,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables, and write both files."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    command = " ".join(["python benchmarks/accuracy.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/accuracy.py", *(sys.argv[1:] if argv is None else argv)])
     data: dict[str, Any] = {"command": command, "versions": _versions(), "runs": measure(args)}
     if args.only_print:
         print(figures.markdown(data, baselines.TITLES))
@@ -199,7 +205,7 @@ def main() -> None:
     args.output.write_text(json.dumps(data, indent=0, ensure_ascii=False) + "\n")
     page = figures.markdown(data, baselines.TITLES)
     args.output.with_suffix(".md").write_text(page)
-    print(page.split("## Per group")[0])
+    print(page.split("## Per ")[0])
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _without_wrappers(key: str) -> str:
 def _prefixes(keys: Any, depth: int = 3) -> set[str]:
     parts = [key.split(".") for key in keys]
     counts = Counter(".".join(p[: i + 1]) + "." for p in parts for i in range(min(depth, len(p) - 1)))
-    return {start for start, _ in counts.most_common(12)}
+    return {"", *(start for start, _ in counts.most_common(12))}
 
 
 def suffix(case: Case, source: Entries) -> Pairs:

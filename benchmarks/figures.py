@@ -87,7 +87,7 @@ def run_data(tool: str, tables: str, order: str, records: Sequence[Record]) -> d
     """One run in the form of ``accuracy.json``."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        groups[record["group"]].append(record)
+        groups[record["id"].split("-")[2] if order == "generated" else record["group"]].append(record)
     dropped = ("histogram", "gaps", "group", "squared_error")
     return {
         "tool": tool,
@@ -120,7 +120,12 @@ def markdown(data: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     own = [run for run in runs if run["tool"] == "automatch"]
     for run in own:
         name = f"{run_title(run, titles).replace('*', '')}, {_order_title(run['order']).lower()}"
-        parts += [f"## Per group of families: {name}", "", *_table(list(run["groups"].items())), ""]
+        parts += [
+            f"## Per {'refactoring' if run['order'] == 'generated' else 'group of families'}: {name}",
+            "",
+            *_table(list(run["groups"].items())),
+            "",
+        ]
     for run in own:
         name = f"{run_title(run, titles).replace('*', '')}, {_order_title(run['order']).lower()}"
         parts += [f"## Cases not perfect: {name}", "", *_faults(run["cases"]), ""]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from automatch.mapping import KeyMapping, Match
 from automatch.report.collapse import collapse
-from automatch.report.wording import short, transform_text
+from automatch.report.wording import short, transform_text, visible
 from automatch.transforms import to_dict
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -24,6 +24,7 @@ class Group:
         transform: what happens to the tensors, in words; empty for a copy.
         confidence: of its least sure match, in [0, 1].
         rows: positions among the mapping's matches.
+        where: the limits of its variables, in words; empty where there are none.
     """
 
     pattern: str
@@ -31,14 +32,30 @@ class Group:
     transform: str
     confidence: float
     rows: tuple[int, ...]
+    where: str = ""
 
 
-def group_matches(mapping: KeyMapping, positions: Iterable[int] | None = None) -> tuple[Group, ...]:
-    """The matches (or those at ``positions``) by rule, the rules that explain most first."""
+def group_by_rule(mapping: KeyMapping) -> tuple[Group, ...]:
+    """The matches under `KeyMapping.rules`, the rules that explain most first."""
+    place = {match.target: position for position, match in enumerate(mapping.matches)}
+    groups: list[Group] = []
+    for rule in mapping.rules:
+        rows = tuple(sorted(place[key] for key in rule.targets))
+        if rows:
+            matches = [mapping.matches[row] for row in rows]
+            words = dict.fromkeys(transform_text(match.transform) for match in matches)
+            transform = next(iter(words)) if len(words) == 1 else visible(rule.transform)
+            confidence = min(match.confidence for match in matches)
+            groups.append(Group(short(rule.pattern), short(rule.replacement), transform, confidence, rows, visible(rule.where)))
+    return tuple(sorted(groups, key=lambda group: -len(group.rows)))
+
+
+def group_by_template(mapping: KeyMapping, positions: Iterable[int]) -> tuple[Group, ...]:
+    """The matches at ``positions`` by template, those with most matches first."""
     found: dict[tuple[object, ...], list[int]] = {}
-    for position in range(len(mapping.matches)) if positions is None else positions:
+    for position in positions:
         found.setdefault(_skeleton(mapping.matches[position]), []).append(position)
-    groups = [_group(mapping, positions) for positions in found.values()]
+    groups = [_group(mapping, members) for members in found.values()]
     return tuple(sorted(groups, key=lambda group: -len(group.rows)))
 
 

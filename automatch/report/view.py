@@ -8,7 +8,7 @@ from typing import Literal
 
 from automatch.mapping import CONFIDENT, Evidence, KeyMapping, Match, Question, Side
 from automatch.report.collapse import collapse
-from automatch.report.groups import Group, group_matches
+from automatch.report.groups import Group, group_by_rule, group_by_template
 from automatch.report.leftovers import Leftover, missing_leftovers, unexpected_leftovers
 from automatch.report.wording import count, invents_values, percent, shape_text, short, transform_text, visible
 
@@ -182,7 +182,7 @@ def build_view(mapping: KeyMapping) -> View:
         n_target=mapping.target.n_keys,
         n_source=mapping.source.n_keys,
         rows=rows,
-        groups=group_matches(mapping),
+        groups=group_by_rule(mapping),
         withheld=_withheld(mapping, rows),
         questions=tuple(_question(question) for question in mapping.questions),
         missing=missing,
@@ -195,7 +195,7 @@ def build_view(mapping: KeyMapping) -> View:
 
 def _withheld(mapping: KeyMapping, rows: tuple[Row, ...]) -> tuple[Group, ...]:
     positions = [position for position, row in enumerate(rows) if row.withheld]
-    return tuple(sorted(group_matches(mapping, positions), key=lambda group: group.confidence))
+    return tuple(sorted(group_by_template(mapping, positions), key=lambda group: group.confidence))
 
 
 def is_withheld(match: Match) -> bool:

@@ -28,8 +28,8 @@ def _escape(char: str) -> str:
 
 
 def short(text: str, limit: int = MAX_KEY) -> str:
-    """``visible(text)``, its middle left out beyond ``limit`` characters."""
-    shown = visible(text)
+    """``visible(text)``, its middle left out beyond ``limit`` characters; quoted where it is blank."""
+    shown = visible(text) if text.strip() else f'"{visible(text)}"'
     if len(shown) <= limit:
         return shown
     tail = limit // 2

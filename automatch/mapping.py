@@ -335,7 +335,9 @@ def _side_to_dict(side: Side) -> dict[str, Any]:
 def _side_from_dict(data: Mapping[str, Any]) -> Side:
     spec = None
     if "entries" in data:
-        tensors = tuple(TensorSpec(key, tuple(shape), dtype, kind, alias, owner) for key, shape, dtype, kind, owner, alias in data["entries"])
+        tensors = tuple(
+            TensorSpec(key, tuple(shape), dtype, kind, alias, owner) for key, shape, dtype, kind, owner, alias in data["entries"]
+        )
         spec = StateSpec(tensors, data["origin"], tuple(data.get("wrapper", ())))
     return Side(str(data["origin"]), str(data["fingerprint"]), int(data["keys"]), spec)
 

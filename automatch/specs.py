@@ -112,7 +112,9 @@ def spec_of_state_dict(state_dict: Mapping[str, Any], *, origin: str = "state_di
         if not isinstance(key, str):
             raise CheckpointError(f"key {key!r} of {origin} is {type(key).__name__}, not a string; pass the mapping of names to tensors")
         if not is_tensor(value):
-            raise CheckpointError(f"entry {key!r} of {origin} is {type(value).__name__}, not a tensor; pass the mapping of names to tensors")
+            raise CheckpointError(
+                f"entry {key!r} of {origin} is {type(value).__name__}, not a tensor; pass the mapping of names to tensors"
+            )
         identity = _identity(value)
         alias = first.setdefault(identity, key) if identity is not None else key
         tensors.append(TensorSpec(key, shape_of(value, key), dtype_name(value.dtype), alias_of=None if alias == key else alias))

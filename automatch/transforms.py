@@ -144,7 +144,9 @@ def _step(data: Mapping[str, Any]) -> Step:
     names = [f.name for f in fields(cls)]
     if set(data) != {"op", *names}:
         raise TransformError(f"transform {dict(data)!r} must have exactly the fields {', '.join(['op', *names])}")
-    values = {name: tuple(data[name]) if isinstance(data[name], Sequence) and not isinstance(data[name], str) else data[name] for name in names}
+    values = {
+        name: tuple(data[name]) if isinstance(data[name], Sequence) and not isinstance(data[name], str) else data[name] for name in names
+    }
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if name != "method" and not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):

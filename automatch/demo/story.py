@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from automatch.demo.other import PatchTransformer
 from automatch.demo.training import dice, save_checkpoint, train
 
 SEED = 7
+WIDTH = 76  # with the indent it fits 80 columns
 CHANGES = (
     "the decoder's blocks are nested lists now, their layers have other names",
-    "a dropout was inserted into the bottleneck: bottleneck.2 is another layer than it was, of the same shape",
+    "a dropout was inserted into the bottleneck: bottleneck.2 is another layer now",
     "the encoder lies one prefix deeper",
     "head, decoder, bottleneck, encoder are registered in the opposite order",
 )
@@ -107,11 +109,12 @@ def _fail(path: Path, say: Callable[[str], None]) -> float:
     except RuntimeError as error:
         say("\n   model.load_state_dict(state_dict) says:\n")
         for line in str(error).splitlines()[:4]:
-            say(f"   {line.strip()[:108]}{' …' if len(line.strip()) > 108 else ''}")
-    found = model.load_state_dict(state_dict, strict=False)
+            say("   " + shorten(line, WIDTH, placeholder=" …"))
+    model.load_state_dict(state_dict, strict=False)
     metric = dice(model, seed=SEED)
-    kept = len(model.state_dict()) - len(found.missing_keys)
-    say(f"\n   With strict=False it is silent: {kept} of {len(model.state_dict())} tensors loaded, some into the wrong layer.")
+    kept = sum(key in state_dict for key in model.state_dict())
+    say(f"\n   With strict=False it is silent: {kept} of {len(model.state_dict())} tensors are loaded,")
+    say("   some of them into the wrong layer, and the rest is random.")
     say(f"   Dice: {metric!r}\n")
     return metric
 
@@ -122,7 +125,7 @@ def _load(path: Path, html: Path, say: Callable[[str], None], working: Callable[
     with working("Matching"):
         mapping = automatch.propose_mapping(model, path)
     mapping.to_html(html)
-    say(_indented(mapping.report(width=100)))
+    say(_indented(mapping.report(width=WIDTH)))
     try:
         report = automatch.load(model, path, mapping=mapping)
     except automatch.LoadError as error:
@@ -156,9 +159,10 @@ def _conclude(result: DemoResult, say: Callable[[str], None]) -> None:
     verdict = "equal to the last digit" if result.after == result.before else "NOT equal"
     say(f"Dice before the refactoring {result.before!r}, after it {result.after!r}: {verdict}.")
     say(f"The other architecture was {'refused' if result.refused else 'NOT refused'}.")
-    say(f"Report: {result.html}. Have a look yourself:")
+    say(f"Report: {result.html}. To look yourself:\n")
     say(f"  automatch inspect {result.checkpoint}")
-    say(f"  automatch propose {result.checkpoint} --model automatch.demo.after:MedicalSegmentationModel --all")
+    say(f"  automatch propose {result.checkpoint} \\")
+    say("    --model automatch.demo.after:MedicalSegmentationModel --all")
 
 
 def _indented(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -12,6 +13,7 @@ from automatch.errors import CheckpointError
 from automatch.readers._base import Checkpoint, OpenCheckpoint
 from automatch.readers._files import open_path
 from automatch.readers._live import open_dict, open_spec
+from automatch.readers._quantised import quantised_note
 from automatch.specs import StateSpec
 
 __all__ = ["Checkpoint", "OpenCheckpoint", "open_checkpoint"]
@@ -60,9 +62,16 @@ def open_checkpoint(ckpt: Any, *, like: StateSpec | None = None, wrapper: Sequen
         return open_spec(ckpt)
     if isinstance(ckpt, str | os.PathLike):
         path = Path(cast("str | os.PathLike[str]", ckpt))
-        return open_path(path, like=like, wrapper=None if wrapper is None else tuple(wrapper), trust=trust)
+        return _noted(open_path(path, like=like, wrapper=None if wrapper is None else tuple(wrapper), trust=trust))
     if isinstance(ckpt, Mapping | list | tuple):
-        return open_dict(cast(Any, ckpt), like, wrapper)
+        return _noted(open_dict(cast(Any, ckpt), like, wrapper))
     if hasattr(ckpt, "spec") and hasattr(ckpt, "tensor"):
         return _Borrowed(cast(Checkpoint, ckpt))
     raise CheckpointError(f"a {type(ckpt).__name__} is not a checkpoint; pass a path, a dict of tensors or an open checkpoint")
+
+
+def _noted(checkpoint: OpenCheckpoint) -> OpenCheckpoint:
+    note = quantised_note(checkpoint.spec)
+    if note is not None:
+        checkpoint.spec = replace(checkpoint.spec, notes=(*checkpoint.spec.notes, note))
+    return checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Mapping
@@ -29,7 +30,37 @@ class Checkpoint(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
-class SourceFile:
+class Bytes:
+    """A run of bytes that can be read at any position: a file, or a window of one."""
+
+    path: Path
+    size: int
+
+    def read(self, offset: int, length: int) -> Any:
+        """``length`` bytes from ``offset``, as a writable numpy array of bytes.
+
+        Raises:
+            CheckpointError: the range is not there, the disk fails, or the file has changed.
+        """
+        raise NotImplementedError
+
+    def locate(self, offset: int) -> tuple[SourceFile, int]:
+        """The file under these bytes, and where ``offset`` lies in it."""
+        raise NotImplementedError
+
+    def window(self, offset: int, length: int) -> Window:
+        """Part of these bytes, under its own positions."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(f"{self.path.name} ends at byte {self.size}, but {offset + length} bytes are needed; it is truncated")
+        file, start = self.locate(offset)
+        return Window(file, start, length)
+
+    def stream(self) -> io.BufferedReader:
+        """These bytes as a file object for libraries that want one; nothing has to be closed."""
+        return io.BufferedReader(_Stream(self))
+
+
+class SourceFile(Bytes):
     """A file open for positioned reads.
 
     Reads copy instead of mapping: a mapped file that is cut short under the reader kills the process,
@@ -54,15 +85,12 @@ class SourceFile:
         self._written = found.st_mtime_ns
 
     def read(self, offset: int, length: int) -> Any:
-        """``length`` bytes from ``offset``, as a writable numpy array of bytes.
-
-        Raises:
-            CheckpointError: the range is not in the file, the disk fails, or the file has changed.
-        """
         import numpy as np
 
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(f"{self.path.name} ends at byte {self.size}, but {offset + length} bytes are needed; it is truncated")
+        if self.fd < 0:
+            raise CheckpointError(f"{str(self.path)!r} is closed; open the checkpoint again")
         array = np.empty(length, np.uint8)
         view, done = memoryview(cast(Any, array)), 0
         while done < length:
@@ -74,6 +102,9 @@ class SourceFile:
                 raise CheckpointError(f"{str(self.path)!r} was cut short while it was read; open it again")
             done += count
         return array
+
+    def locate(self, offset: int) -> tuple[SourceFile, int]:
+        return self, offset
 
     def check_unchanged(self) -> None:
         """Make sure that the file is still what was opened.
@@ -95,6 +126,45 @@ class SourceFile:
         self.close()
 
 
+class Window(Bytes):
+    """Part of a file, under its own positions."""
+
+    def __init__(self, file: SourceFile, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.path = file, start, size, file.path
+
+    def read(self, offset: int, length: int) -> Any:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(f"a part of {self.path.name} has {self.size} bytes, but {offset + length} are needed; it is truncated")
+        return self.file.read(self.start + offset, length)
+
+    def locate(self, offset: int) -> tuple[SourceFile, int]:
+        return self.file, self.start + offset
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, source: Bytes) -> None:
+        self._source, self._at = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = max(0, (0, self._at, self._source.size)[whence] + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = min(len(buffer), max(0, self._source.size - self._at))
+        buffer[:count] = self._source.read(self._at, count).data
+        self._at += count
+        return count
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Where the bytes of one tensor lie: contiguous, in row-major order, little-endian."""
@@ -105,7 +175,13 @@ class Region:
 
 
 class Entry(Protocol):
-    """How one tensor is read."""
+    """How one tensor is read: its dtype by torch's name, its shape, and its values when asked for."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self) -> Any:
         """The tensor, as a new torch tensor on the CPU."""

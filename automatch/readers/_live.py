@@ -9,7 +9,7 @@ from typing import Any, cast
 from automatch.errors import CheckpointError
 from automatch.readers._base import OpenCheckpoint, Region
 from automatch.readers._unwrap import Node, pick_state
-from automatch.specs import StateSpec, is_tensor, shape_of, spec_of_state_dict
+from automatch.specs import StateSpec, dtype_name, is_tensor, shape_of, spec_of_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,14 @@ class LiveEntry:
     """A tensor in memory."""
 
     value: Any
+
+    @property
+    def dtype(self) -> str:
+        return dtype_name(self.value.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.value, "a tensor")
 
     def read(self) -> Any:
         return self.value
@@ -31,6 +39,8 @@ class NoEntry:
 
     key: str
     origin: str
+    dtype: str
+    shape: tuple[int, ...]
 
     def read(self) -> Any:
         raise CheckpointError(f"{self.origin or 'the checkpoint'} is a spec without tensors; pass the checkpoint to read {self.key!r}")
@@ -78,4 +88,4 @@ def open_dict(ckpt: Any, like: StateSpec | None, wrapper: Sequence[str] | None, 
 
 def open_spec(spec: StateSpec) -> OpenCheckpoint:
     """Open a spec: there are no tensors behind it."""
-    return OpenCheckpoint(spec, {key: NoEntry(key, spec.origin) for key in spec.keys})
+    return OpenCheckpoint(spec, {t.key: NoEntry(t.key, spec.origin, t.dtype, t.shape) for t in spec})

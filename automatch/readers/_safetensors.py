@@ -7,9 +7,8 @@ from typing import Any, cast
 from automatch.errors import CheckpointError
 from automatch.readers._base import SourceFile
 from automatch.readers._dtypes import ITEM_BYTES, SAFETENSORS
+from automatch.readers._entries import FileEntry
 from automatch.readers._limits import MAX_JSON_BYTES, check_count, check_shape, parse_json
-from automatch.readers._torch import FileEntry
-from automatch.specs import TensorSpec
 
 
 def read_header(file: SourceFile) -> tuple[dict[str, FileEntry], dict[str, str]]:
@@ -65,8 +64,3 @@ def _check_layout(entries: dict[str, FileEntry], base: int, file: SourceFile) ->
         end += entry.nbytes
     if end != file.size:
         raise CheckpointError(f"{file.path} has {file.size} bytes, but its header describes {end}; the file is damaged")
-
-
-def specs_of(entries: dict[str, FileEntry]) -> tuple[TensorSpec, ...]:
-    """The specs of entries, in order."""
-    return tuple(TensorSpec(key, entry.shape, entry.dtype) for key, entry in entries.items())

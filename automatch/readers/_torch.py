@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from automatch.errors import CheckpointError, UnsafeCheckpointError
-from automatch.readers._base import Entry, OpenCheckpoint, Region, SourceFile
-from automatch.readers._dtypes import ITEM_BYTES, TORCH_STORAGES, row_major, tensor_from_bytes
+from automatch.readers._base import Bytes, Entry, OpenCheckpoint, SourceFile
+from automatch.readers._dtypes import ITEM_BYTES, TORCH_STORAGES
+from automatch.readers._entries import FileEntry
 from automatch.readers._limits import FREE_EXPANSION_ELEMENTS, MAX_PICKLE_BYTES, check_shape
 from automatch.readers._pickle import Call, Global, Persistent, read_pickle, read_pickle_bytes
 from automatch.readers._unwrap import Node, pick_state
@@ -83,32 +83,46 @@ def open_torch_zip(file: SourceFile, archive: Archive, like: StateSpec | None, w
     if order != b"little":
         raise CheckpointError(f"{origin} holds big-endian tensors; load it with torch.load and save it again on this machine")
     tree, names = read_pickle_bytes(archive.read(pickle_name, MAX_PICKLE_BYTES), origin)
+    return _open_tree(tree, names, file, lambda ref: _zip_entry(archive, folder, ref), like, wrapper)
 
-    def entry(ref: TensorRef) -> Entry:
-        member = archive.members.get(f"{folder}data/{ref.storage.key}")
-        if member is None:
-            raise CheckpointError(f"storage {ref.storage.key!r} is missing in {origin}; the archive is damaged")
-        size = ITEM_BYTES[ref.dtype]
-        if (ref.offset + ref.span) * size > member.file_size:
-            raise CheckpointError(f"a tensor of {origin} reaches beyond its storage {ref.storage.key!r}; the file is damaged")
-        return ZipEntry(archive, member, ref.offset * size, ref.span * size, ref.dtype, ref.shape, ref.stride)
 
-    return _open_tree(tree, names, file, entry, like, wrapper)
+def tensor_entry(part: Bytes) -> Entry:
+    """The one tensor that `torch.save` wrote into a part of a file, as the distributed format does.
+
+    Raises:
+        CheckpointError: there is something else.
+    """
+    archive = Archive(part)
+    name = next((name for name in archive.members if name.endswith("data.pkl")), "data.pkl")
+    tree, _ = read_pickle_bytes(archive.read(name, MAX_PICKLE_BYTES), str(part.path))
+    ref = tensor_ref(tree)
+    if ref is None:
+        raise CheckpointError(f"a part of {part.path} holds a {type(tree).__name__} instead of a tensor; the folder is damaged")
+    return _zip_entry(archive, name.removesuffix("data.pkl"), ref)
+
+
+def _zip_entry(archive: Archive, folder: str, ref: TensorRef) -> ZipEntry:
+    member = archive.members.get(f"{folder}data/{ref.storage.key}")
+    if member is None:
+        raise CheckpointError(f"storage {ref.storage.key!r} is missing in {archive.file.path}; the archive is damaged")
+    size = ITEM_BYTES[ref.dtype]
+    if (ref.offset + ref.span) * size > member.file_size:
+        raise CheckpointError(f"a tensor of {archive.file.path} reaches beyond its storage {ref.storage.key!r}; the file is damaged")
+    return ZipEntry(archive, member, ref.offset * size, ref.span * size, ref.dtype, ref.shape, ref.stride)
 
 
 def open_torch_legacy(file: SourceFile, like: StateSpec | None, wrapper: tuple[str, ...] | None) -> OpenCheckpoint:
     """Open a file that `torch.save` wrote before torch 1.6, or any plain pickle of tensors."""
     origin = str(file.path)
-    with os.fdopen(os.dup(file.fd), "rb") as handle:
-        handle.seek(0)
-        tree, names = read_pickle(handle, origin)
-        storages: dict[str, tuple[int, int]] = {}
-        if tree == LEGACY_MAGIC:
-            read_pickle(handle, origin)
-            read_pickle(handle, origin)
-            tree, names = read_pickle(handle, origin)
-            keys, _ = read_pickle(handle, origin)
-            storages = _legacy_storages(file, handle.tell(), keys, _storage_sizes(tree))
+    stream = file.stream()
+    tree, names = read_pickle(stream, origin)
+    storages: dict[str, tuple[int, int]] = {}
+    if type(tree) is int and tree == LEGACY_MAGIC:
+        read_pickle(stream, origin)
+        read_pickle(stream, origin)
+        tree, names = read_pickle(stream, origin)
+        keys, _ = read_pickle(stream, origin)
+        storages = _legacy_storages(file, stream.tell(), keys, _storage_sizes(tree))
 
     def entry(ref: TensorRef) -> Entry:
         start, nbytes = storages.get(ref.storage.key, (0, -1))
@@ -118,26 +132,6 @@ def open_torch_legacy(file: SourceFile, like: StateSpec | None, wrapper: tuple[s
         return FileEntry(file, start + ref.offset * size, ref.span * size, ref.dtype, ref.shape, ref.stride)
 
     return _open_tree(tree, names, file, entry, like, wrapper)
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A tensor whose bytes lie in a file as they are."""
-
-    file: SourceFile
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None = None
-
-    def read(self) -> Any:
-        return tensor_from_bytes(self.file.read(self.offset, self.nbytes), self.dtype, self.shape, self.stride)
-
-    def region(self) -> Region | None:
-        if self.stride is not None and not row_major(self.shape, self.stride):
-            return None
-        return Region(self.file, self.offset, self.nbytes)
 
 
 def _storage_sizes(tree: Any) -> dict[str, int]:
@@ -221,7 +215,7 @@ def _is_parameter(node: Any) -> bool:
 
 def _strided(storage: Storage, dtype: str, layout: tuple[Any, ...]) -> TensorRef:
     offset, size, stride = layout
-    shape, steps = _sizes(size), _sizes(stride)
+    shape, steps = sizes(size), sizes(stride)
     if type(offset) is not int or offset < 0 or len(shape) != len(steps):
         raise CheckpointError("a tensor of the file has an impossible offset or stride; the file is damaged")
     ref = TensorRef(storage, dtype, offset, shape, steps)
@@ -236,7 +230,8 @@ def _strided(storage: Storage, dtype: str, layout: tuple[Any, ...]) -> TensorRef
     return ref
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def sizes(value: Any) -> tuple[int, ...]:
+    """A shape as a pickle holds it: a tuple, a list, or torch's own."""
     if isinstance(value, Call) and value.path == "torch.Size" and isinstance(value.args, tuple) and value.args:
         value = cast("tuple[Any, ...]", value.args)[0]
     return check_shape(value, "a tensor", "the file")
@@ -246,7 +241,7 @@ def _open_tree(
     tree: Any, names: frozenset[str], file: SourceFile, entry: Any, like: StateSpec | None, wrapper: tuple[str, ...] | None
 ) -> OpenCheckpoint:
     origin = str(file.path)
-    _refuse_hostile(names, origin)
+    refuse_hostile(names, origin)
     needs_code = sorted(name for name in names if not _known(name))
     state = pick_state(tree, TreeNode, origin=origin, like=like, wrapper=wrapper, needs_code=tuple(needs_code))
     refs: dict[str, TensorRef] = state.tensors
@@ -286,7 +281,12 @@ def _known(name: str) -> bool:
     return module in _KNOWN_MODULES or (module == "numpy.core.multiarray" and attribute.startswith("_reconstruct"))
 
 
-def _refuse_hostile(names: frozenset[str], origin: str) -> None:
+def refuse_hostile(names: frozenset[str], origin: str) -> None:
+    """Refuse a pickle that was made to run something.
+
+    Raises:
+        UnsafeCheckpointError: it names a function that no checkpoint needs.
+    """
     found = sorted(name for name in names if _is_hostile(name))
     if found:
         raise UnsafeCheckpointError(

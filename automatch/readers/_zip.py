@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from dataclasses import dataclass
 from typing import Any
 
 from automatch.errors import CheckpointError
-from automatch.readers._base import Region, SourceFile
+from automatch.readers._base import Bytes, Region
 from automatch.readers._dtypes import row_major, tensor_from_bytes
 from automatch.readers._limits import FREE_INFLATION_BYTES, MAX_INFLATION, MAX_ZIP_DIRECTORY_BYTES
 
@@ -18,18 +17,17 @@ _END_SIZE, _END64_SIZE, _LOCATOR_SIZE = 22, 56, 20
 
 
 class Archive:
-    """A zip archive over a `SourceFile`.
+    """A zip archive over a file or a part of one.
 
     Raises:
         CheckpointError: the archive is damaged, or would inflate to more than it may.
     """
 
-    def __init__(self, file: SourceFile) -> None:
+    def __init__(self, file: Bytes) -> None:
         self.file = file
         _check_directory_size(file)
         try:
-            self._handle = os.fdopen(os.dup(file.fd), "rb")
-            self._zip = zipfile.ZipFile(self._handle)
+            self._zip = zipfile.ZipFile(file.stream())
             infos = self._zip.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, UnicodeError) as error:
             raise CheckpointError(f"{file.path.name} is a damaged or truncated zip archive ({error}); fetch it again") from error
@@ -75,11 +73,6 @@ class Archive:
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         return info.header_offset + _LOCAL_HEADER + name_length + extra_length
 
-    def close(self) -> None:
-        """Close the archive, not the file under it."""
-        self._zip.close()
-        self._handle.close()
-
 
 @dataclass(slots=True)
 class ZipEntry:
@@ -109,10 +102,10 @@ class ZipEntry:
     def region(self) -> Region | None:
         if not self._stored or not row_major(self.shape, self.stride):
             return None
-        return Region(self.archive.file, self.archive.offset_of(self.member) + self.start, self.nbytes)
+        return Region(*self.archive.file.locate(self.archive.offset_of(self.member) + self.start), self.nbytes)
 
 
-def _check_directory_size(file: SourceFile) -> None:
+def _check_directory_size(file: Bytes) -> None:
     # zipfile reads the whole directory at once, so its size is looked up before.
     span = min(file.size, 65535 + _END_SIZE + _LOCATOR_SIZE + _END64_SIZE)
     tail = file.read(file.size - span, span).tobytes()
@@ -127,7 +120,7 @@ def _check_directory_size(file: SourceFile) -> None:
         raise CheckpointError(f"the directory of {file.path.name} has {size} bytes; at most {MAX_ZIP_DIRECTORY_BYTES} are read")
 
 
-def _check_inflation(infos: list[zipfile.ZipInfo], file: SourceFile) -> None:
+def _check_inflation(infos: list[zipfile.ZipInfo], file: Bytes) -> None:
     packed = sum(info.compress_size for info in infos)
     unpacked = sum(info.file_size for info in infos if info.compress_type != zipfile.ZIP_STORED)
     if packed > file.size or any(i.compress_type == zipfile.ZIP_STORED and i.file_size != i.compress_size for i in infos):

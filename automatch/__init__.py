@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from automatch.load import LoadReport, load
     from automatch.mapping import KeyMapping, Match, Question, Verdict
     from automatch.matching import propose_mapping
+    from automatch.optimizer import remap_optimizer_state
     from automatch.readers import open_checkpoint
     from automatch.specs import StateSpec, TensorSpec
 
@@ -41,6 +42,7 @@ _HOMES = {
     "automatch.load": ("LoadReport", "load"),
     "automatch.mapping": ("KeyMapping", "Match", "Question", "Verdict"),
     "automatch.matching": ("propose_mapping",),
+    "automatch.optimizer": ("remap_optimizer_state",),
     "automatch.readers": ("open_checkpoint",),
     "automatch.specs": ("StateSpec", "TensorSpec"),
 }
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "propose_mapping",
+    "remap_optimizer_state",
 ]
 
 

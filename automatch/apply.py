@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from automatch.adapt import apply_adapted, is_adapted
 from automatch.errors import CheckpointError, MappingError, TransformError
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.readers import Checkpoint, open_checkpoint
@@ -103,8 +104,16 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
-def convert(matches: Iterable[Match], checkpoint: Checkpoint, target: StateSpec | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give (model key, tensor) for every match; a checkpoint tensor that feeds several keys is read once while it is needed.
+def convert(
+    matches: Iterable[Match], checkpoint: Checkpoint, target: StateSpec | None, initial: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give (model key, tensor) for every match; a checkpoint tensor that feeds several keys is read once and held while it is needed.
+
+    Args:
+        matches: what to convert, in this order.
+        checkpoint: the open checkpoint.
+        target: the model, or None to leave its shapes unchecked.
+        initial: the model's own values, from which adapted tensors are completed; None refuses to adapt.
 
     Raises:
         MappingError: a source is missing, or the result does not have the model's shape.
@@ -114,15 +123,17 @@ def convert(matches: Iterable[Match], checkpoint: Checkpoint, target: StateSpec 
     for match in matches:
         _check_match(match, checkpoint.spec, target)
         for key in match.sources:
-            pending[key] = pending.get(key, 0) + 1
+            stored = checkpoint.spec[key].alias_of or key
+            pending[stored] = pending.get(stored, 0) + 1
     held: dict[str, torch.Tensor] = {}
     for match in matches:
-        tensors = [held[key] if key in held else held.setdefault(key, read_tensor(checkpoint, key)) for key in match.sources]
-        for key in match.sources:
+        stored = [checkpoint.spec[key].alias_of or key for key in match.sources]
+        tensors = [held[key] if key in held else held.setdefault(key, read_tensor(checkpoint, key)) for key in stored]
+        for key in stored:
             pending[key] -= 1
             if not pending[key]:
                 held.pop(key, None)
-        yield match.target, _transformed(match, tensors)
+        yield match.target, _transformed(match, tensors, None if initial is None else initial.get(match.target))
 
 
 def read_tensor(checkpoint: Checkpoint, key: str) -> torch.Tensor:
@@ -143,9 +154,13 @@ def read_tensor(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     return tensor
 
 
-def _transformed(match: Match, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _transformed(match: Match, tensors: list[torch.Tensor], initial: torch.Tensor | None) -> torch.Tensor:
     try:
-        return apply_transform(match.transform, tensors)
+        if initial is None or not is_adapted(match.transform):
+            return apply_transform(match.transform, tensors)
+        if initial.is_meta:
+            raise TransformError("the model is on the meta device and has no initial values to complete it with")
+        return apply_adapted(match.transform, tensors, initial)
     except TransformError as error:
         raise MappingError(f"{match.target!r} cannot be made from {', '.join(map(repr, match.sources))}: {error}") from error
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from automatch.apply import check_side, convert, open_source
-from automatch.errors import LoadError, ModelError
-from automatch.mapping import CONFIDENT, KeyMapping, Side
-from automatch.matching import Pins, propose_mapping
+from automatch.apply import convert, open_source
+from automatch.errors import ModelError
+from automatch.mapping import CONFIDENT, KeyMapping
+from automatch.matching import Pins
+from automatch.planning import LoadPlan, MappingLike, plan_load
 from automatch.prepare import cast_warnings, prepare_state
-from automatch.refusal import explain_refusal, fed_keys, needed_keys, shorten, without_open_questions
-from automatch.specs import StateSpec, spec_of_model
+from automatch.readers import Checkpoint
+from automatch.refusal import shorten
 from automatch.transforms import Copy
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -59,7 +58,7 @@ def load(
     model: nn.Module,
     ckpt: Any,
     *,
-    mapping: KeyMapping | str | os.PathLike[str] | None = None,
+    mapping: MappingLike | None = None,
     threshold: float = CONFIDENT,
     strict: bool = True,
     pins: Pins | None = None,
@@ -86,53 +85,38 @@ def load(
     """
     if not hasattr(model, "load_state_dict") or not hasattr(model, "named_modules"):
         raise ModelError(f"load needs an nn.Module, got {type(model).__name__}; for a state_dict use mapping.apply(ckpt)")
-    target = spec_of_model(model)
-    whole = _mapping_for(target, ckpt, mapping, pins, trust)
-    plan = without_open_questions(whole.confident(threshold))
-    accepted = {key for key, source in (pins or {}).items() if source is None}
-    needed = [key for key in needed_keys(target, (m.target for m in plan.matches)) if key not in accepted]
-    if strict and needed:
-        raise LoadError(explain_refusal(whole, needed, threshold))
-    with open_source(whole, ckpt, trust=trust) as checkpoint:
-        state = dict(convert(plan.matches, checkpoint, target))
-        prepared = prepare_state(model, target, state)
+    plan = plan_load(model, ckpt, mapping=mapping, threshold=threshold, strict=strict, pins=pins, trust=trust, adapt=adapt)
+    with open_source(plan.whole, ckpt, trust=trust) as checkpoint:
+        prepared = values_of(plan, model, checkpoint)
         notes = cast_warnings(model, prepared)
         from automatch.atomic import replace_values
 
         replace_values(model, prepared)
-    return _report(model, target, whole, plan, notes)
+    return report_of(plan, model, notes)
 
 
-def _mapping_for(
-    target: StateSpec, ckpt: Any, mapping: KeyMapping | str | os.PathLike[str] | None, pins: Pins | None, trust: bool
-) -> KeyMapping:
-    if mapping is None:
-        return propose_mapping(target, ckpt, pins=pins, trust=trust)
-    if not isinstance(mapping, KeyMapping):
-        mapping = KeyMapping.load(Path(mapping))
-    check_side(mapping.target, target, "model")
-    for key, sources in (pins or {}).items():
-        mapping = mapping.decide(key, sources)
-    return replace(mapping, target=Side.of(target))
+def values_of(plan: LoadPlan, model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read and check every tensor that ``plan`` feeds to ``model``."""
+    initial = model.state_dict(keep_vars=True)
+    return prepare_state(model, plan.target, dict(convert(plan.chosen.matches, checkpoint, plan.target, initial)))
 
 
-def _report(model: nn.Module, target: StateSpec, whole: KeyMapping, plan: KeyMapping, notes: tuple[str, ...]) -> LoadReport:
-    matched = {match.target for match in plan.matches}
-    fed = fed_keys(target, matched)
-    withheld = tuple(match.target for match in whole.matches if match.target not in fed)
-    missing = tuple(t.key for t in target if t.key not in fed and not t.key.endswith("num_batches_tracked"))
+def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> LoadReport:
+    """What a load that followed ``plan`` has done."""
+    fed = plan.fed
+    missing = tuple(t.key for t in plan.target if t.key not in fed and not t.key.endswith("num_batches_tracked"))
     parameters = dict(model.named_parameters())
-    to_train = tuple(key for key in parameters if key not in fed)
+    to_train = tuple(key for key in parameters if key not in fed or key in plan.adapted)
     return LoadReport(
         missing_keys=missing,
-        unexpected_keys=plan.unexpected_keys,
-        loaded=tuple(t.key for t in target if t.key in fed),
-        converted=tuple(m.target for m in plan.matches if not isinstance(m.transform, Copy)),
-        withheld=withheld,
-        adapted={},
+        unexpected_keys=plan.chosen.unexpected_keys,
+        loaded=tuple(t.key for t in plan.target if t.key in fed),
+        converted=tuple(m.target for m in plan.chosen.matches if not isinstance(m.transform, Copy)),
+        withheld=tuple(m.target for m in plan.whole.matches if m.target not in fed),
+        adapted=plan.adapted,
         to_train=tuple(parameters[key] for key in to_train),
-        mapping=whole,
-        warnings=(*whole.warnings, *notes, *_left_warnings(model, missing)),
+        mapping=plan.whole,
+        warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(model, missing)),
         to_train_keys=to_train,
     )
 

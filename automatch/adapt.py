@@ -1,0 +1,184 @@
+"""Shape adaptation: what to do with a tensor whose shape has changed; only for keys that are named with ``adapt=``.
+
+``adapt`` maps patterns of model keys (as in `fnmatch`, e.g. ``"head.*"``) to methods:
+
+- ``"keep"``: the model's initial value stays.
+- ``"rows"``: the first rows are copied, as many as both have; new rows keep their initial values (head, vocabulary).
+- ``"overlap"``: the same along every axis.
+- ``"interpolate"``: position embeddings over a square grid, class tokens kept in front, bicubic as timm does.
+- ``"interpolate_1d"``: position embeddings over a sequence, linear.
+- ``"relative_position"``: relative position bias tables, ``((2h-1)(2w-1) [+ 3], heads)``, bicubic as timm does.
+- ``"center"``: kernels are cropped to, or padded with zeros around, their centre.
+- ``"average"``: kernels are averaged to 1×1, or spread evenly from 1×1, with the same sum.
+- ``"resize_kernel"``: kernels are interpolated, with the same sum (patch embeddings).
+- ``"channels"``: input channels are repeated or summed, so that a grey image gives the same result (RGB ↔ grey).
+- ``"inflate"``: 2-D kernels are repeated along a new depth axis, with the same sum (video, volumes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from automatch.errors import MappingError, TransformError
+from automatch.mapping import KeyMapping, Match
+from automatch.specs import StateSpec, TensorSpec
+from automatch.transforms import Adapt, Chain, Transform, apply_transform, chain, output_shape
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Adaptations:
+    """What ``adapt=`` asks for: matches to apply, the method of each of them, and keys that stay as they are."""
+
+    matches: tuple[Match, ...] = ()
+    methods: dict[str, str] = field(default_factory=dict[str, str])
+    kept: frozenset[str] = frozenset()
+
+
+def plan_adaptations(whole: KeyMapping, sure: KeyMapping, adapt: Mapping[str, str], pins: Mapping[str, Any]) -> Adaptations:
+    """Find, for every key that ``adapt`` names and nothing sure feeds, the source that is adapted to it.
+
+    Raises:
+        MappingError: a method or pattern is unknown, or no source, or more than one, fits.
+    """
+    _check_methods(adapt)
+    source, target = whole.source.spec, whole.target.spec
+    if not adapt or source is None or target is None:
+        return Adaptations()
+    matches: list[Match] = []
+    methods: dict[str, str] = {}
+    kept: set[str] = set()
+    exact = {m.target for m in sure.matches if not is_adapted(m.transform)}
+    for pattern, method in adapt.items():
+        named = [t for t in target if fnmatchcase(t.key, pattern)]
+        if not named:
+            raise MappingError(f"adapt: no key of the model is like {pattern!r}; patterns are whole keys, e.g. 'head.*'")
+        for tensor in named:
+            if tensor.key in exact or tensor.key in methods or tensor.key in kept or tensor.alias_of is not None:
+                continue
+            if method == KEEP:
+                kept.add(tensor.key)
+                continue
+            sources, before = _sources_of(tensor, method, whole, sure, pins)
+            step = Adapt(method, tensor.shape)
+            matches.append(Match(tensor.key, sources, chain(before, step), confidence=1.0, decided=True))
+            methods[tensor.key] = f"{method}: {explain_mismatch(tensor.key, _shape(before, sources, source), tensor.shape)}"
+    return Adaptations(tuple(matches), methods, frozenset(kept))
+
+
+def _check_methods(adapt: Mapping[str, str]) -> None:
+    from automatch.resize import METHODS
+
+    for pattern, method in adapt.items():
+        if method != KEEP and method not in METHODS:
+            raise MappingError(f"adapt: unknown method {method!r} for {pattern!r}; methods are: {', '.join([KEEP, *METHODS])}")
+
+
+def _shape(before: Transform, sources: Iterable[str], source: StateSpec) -> Shape:
+    return output_shape(before, [source[key].shape for key in sources])
+
+
+def _sources_of(
+    tensor: TensorSpec, method: str, whole: KeyMapping, sure: KeyMapping, pins: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Transform]:
+    """The source keys of an adapted tensor, and what is done to them before it is adapted."""
+    pinned = pins.get(tensor.key)
+    if pinned is not None:
+        return ((pinned,) if isinstance(pinned, str) else tuple(pinned)), chain()
+    for match in (whole.get(tensor.key), *_alternatives(whole.get(tensor.key))):
+        if match is not None and is_adapted(match.transform):
+            return match.sources, _before_adapting(match.transform)
+    source = whole.source.spec
+    assert source is not None
+    from automatch.resize import METHODS
+
+    free = [source[key] for key in sure.unexpected_keys]
+    fitting = [t for t in free if t.shape != tensor.shape and METHODS[method].fits(t.shape, tensor.shape)]
+    leaf = tensor.key.rpartition(".")[2]
+    for candidates in (
+        [t for t in fitting if t.key == tensor.key],
+        [t for t in fitting if t.key.endswith("." + tensor.key) or tensor.key.endswith("." + t.key)],
+        [t for t in fitting if t.key.rpartition(".")[2] == leaf],
+    ):
+        if len(candidates) == 1:
+            return (candidates[0].key,), chain()
+        if candidates:
+            raise MappingError(
+                f"adapt: {len(candidates)} checkpoint keys may feed {tensor.key!r}: {', '.join(repr(t.key) for t in candidates[:8])}; "
+                f"choose one with pins={{{tensor.key!r}: key}}"
+            )
+    raise MappingError(
+        f"adapt: nothing in the checkpoint can feed {tensor.key!r} {tensor.shape} with {method!r}; "
+        f"name its source with pins={{{tensor.key!r}: key}}, or keep its initial value with {KEEP!r}"
+    )
+
+
+def _alternatives(match: Match | None) -> list[Match]:
+    return [] if match is None else [Match(match.target, a.sources, a.transform, confidence=a.confidence) for a in match.alternatives]
+
+
+def is_adapted(transform: Transform) -> bool:
+    """Whether a transform invents or drops values."""
+    return any(isinstance(step, Adapt) for step in (transform.steps if isinstance(transform, Chain) else (transform,)))
+
+
+def _before_adapting(transform: Transform) -> Transform:
+    steps = transform.steps if isinstance(transform, Chain) else (transform,)
+    return chain(*(step for step in steps if not isinstance(step, Adapt)))
+
+
+def apply_adapted(transform: Transform, tensors: list[torch.Tensor], initial: torch.Tensor) -> torch.Tensor:
+    """Apply a transform that ends in an `Adapt`; what the checkpoint cannot give is taken from ``initial``.
+
+    Raises:
+        TransformError: the method does not fit the shapes.
+    """
+    from automatch.resize import METHODS
+
+    steps = transform.steps if isinstance(transform, Chain) else (transform,)
+    last = steps[-1]
+    if not isinstance(last, Adapt) or last.method not in METHODS:
+        raise TransformError(f"unknown adaptation {last!r}; methods are: {', '.join(METHODS)}")
+    tensor = apply_transform(_before_adapting(transform), tensors)
+    method = METHODS[last.method]
+    if not method.fits(tuple(tensor.shape), last.shape):
+        raise TransformError(f"{last.method!r} cannot turn {tuple(tensor.shape)} into {last.shape}: {method.needs}")
+    return method.run(tensor, initial)
+
+
+def explain_mismatch(key: str, source: Shape, target: Shape) -> str:
+    """Why the shape of a tensor may have changed, in a sentence, with what `adapt` can do.
+
+    Args:
+        key: the model key.
+        source: its shape in the checkpoint.
+        target: its shape in the model.
+    """
+    shapes = f"checkpoint {source}, model {target}"
+    name = key.lower()
+    if len(source) == len(target) - 1 and len(target) == 5 and source[:2] == target[:2]:
+        return f"a 2-D kernel in a 3-D model ({shapes}); adapt: inflate"
+    if len(source) != len(target):
+        return f"another layout ({shapes}); adapt: keep"
+    changed = [axis for axis, (old, new) in enumerate(zip(source, target, strict=True)) if old != new]
+    if "relative_position" in name or "rel_pos" in name:
+        return f"another window size ({shapes}); adapt: relative_position"
+    if "pos" in name.rpartition(".")[2] or "position" in name:
+        return f"another patch grid or sequence length ({shapes}); adapt: interpolate or interpolate_1d"
+    if len(source) >= 3 and changed and min(changed) >= 2:
+        return f"another kernel ({shapes}); adapt: center, average or resize_kernel"
+    if len(source) >= 4 and changed == [1]:
+        return f"another number of input channels ({shapes}); adapt: channels"
+    if changed == [0] and ("embed" in name or "wte" in name or "tok" in name):
+        return f"another vocabulary ({shapes}); adapt: rows"
+    if changed == [0]:
+        return f"another number of classes, or another width ({shapes}); adapt: rows or keep"
+    return f"another width ({shapes}); adapt: overlap or keep"

@@ -1,0 +1,91 @@
+"""What a load will do, decided before any value is read: which matches are applied, which keys stay as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from automatch.adapt import plan_adaptations
+from automatch.apply import check_side
+from automatch.errors import LoadError
+from automatch.mapping import CONFIDENT, KeyMapping, Side
+from automatch.matching import Pins, propose_mapping
+from automatch.refusal import explain_refusal, fed_keys, needed_keys, without_open_questions
+from automatch.specs import StateSpec, spec_of_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MappingLike = KeyMapping | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a load will do.
+
+    Args:
+        whole: the mapping as proposed or given.
+        chosen: the part of it that is applied, with the adaptations that were asked for.
+        adapted: how the shape of a model key is adapted, by key.
+        notes: what a person should know, e.g. where the mapping came from.
+    """
+
+    whole: KeyMapping
+    chosen: KeyMapping
+    adapted: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> StateSpec:
+        """The model."""
+        assert self.whole.target.spec is not None
+        return self.whole.target.spec
+
+    @property
+    def fed(self) -> frozenset[str]:
+        """The model keys that get a value, tied ones included."""
+        return fed_keys(self.target, (match.target for match in self.chosen.matches))
+
+
+def plan_load(
+    model: nn.Module,
+    ckpt: Any,
+    *,
+    mapping: MappingLike | None = None,
+    threshold: float = CONFIDENT,
+    strict: bool = True,
+    pins: Pins | None = None,
+    trust: bool = False,
+    adapt: Mapping[str, str] | None = None,
+) -> LoadPlan:
+    """Decide what `load` will do; the arguments are those of `load`.
+
+    Raises:
+        LoadError: under ``strict``, a parameter of the model would keep its initial value.
+        MappingError: the mapping was made for another model or checkpoint.
+    """
+    target = spec_of_model(model)
+    pins = dict(pins or {})
+    whole = _mapping_for(target, ckpt, mapping, pins, trust)
+    sure = without_open_questions(whole.confident(threshold))
+    adaptations = plan_adaptations(whole, sure, adapt or {}, pins)
+    chosen = sure.with_matches([*(m for m in sure.matches if m.target not in adaptations.methods), *adaptations.matches])
+    accepted = {key for key, source in pins.items() if source is None} | adaptations.kept
+    needed = [key for key in needed_keys(target, (m.target for m in chosen.matches)) if key not in accepted]
+    if strict and needed:
+        raise LoadError(explain_refusal(whole, needed, threshold))
+    return LoadPlan(whole, chosen, adaptations.methods)
+
+
+def _mapping_for(target: StateSpec, ckpt: Any, mapping: MappingLike | None, pins: Mapping[str, Any], trust: bool) -> KeyMapping:
+    if mapping is None:
+        return propose_mapping(target, ckpt, pins=pins, trust=trust)
+    if not isinstance(mapping, KeyMapping):
+        mapping = KeyMapping.load(Path(mapping))
+    check_side(mapping.target, target, "model")
+    for key, sources in pins.items():
+        mapping = mapping.decide(key, sources)
+    return replace(mapping, target=Side.of(target))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from automatch.mapping import KeyMapping, Side
+from automatch.refusal import is_harmless
 from automatch.report.collapse import collapse
 from automatch.report.wording import shape_text, short
 from automatch.specs import TensorSpec
@@ -55,32 +56,37 @@ class Leftover:
 
 
 def missing_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
-    """The model's keys that nothing feeds, harmful ones first."""
+    """The model's keys that nothing feeds, harmful ones first; harmless is what `load` does not refuse."""
     fed = {match.target for match in mapping.matches}
     tied = _tied(mapping.target, fed, "which is fed")
-    return _group(mapping.missing_keys, mapping.target, lambda key, spec: tied.get(key) or _reason(key, spec, loss_needs_buffer=True))
+
+    def reason(key: str, spec: TensorSpec | None) -> str:
+        if key in tied:
+            return tied[key]
+        if spec is not None and spec.kind is not None:
+            return (_reason(key, spec) or CONSTANT) if is_harmless(spec) else ""
+        return "" if _LOSS.search(key) else _reason(key, spec)
+
+    return _group(mapping.missing_keys, mapping.target, reason)
 
 
 def unexpected_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
     """The checkpoint's keys that feed nothing, those that may matter first."""
     used = {key for match in mapping.matches for key in match.sources}
     tied = _tied(mapping.source, used, "which is used")
-    return _group(mapping.unexpected_keys, mapping.source, lambda key, spec: tied.get(key) or _reason(key, spec, loss_needs_buffer=False))
+    return _group(mapping.unexpected_keys, mapping.source, lambda key, spec: tied.get(key) or _reason(key, spec))
 
 
-def _reason(key: str, spec: TensorSpec | None, *, loss_needs_buffer: bool) -> str:
+def _reason(key: str, spec: TensorSpec | None) -> str:
     leaf = key.rpartition(".")[2]
     shape = spec.shape if spec else None
-    kind = spec.kind if spec else None
-    if kind == "parameter":
-        return LOSS if _LOSS.search(key) and not loss_needs_buffer else ""
+    if _LOSS.search(key):
+        return LOSS
+    if spec is not None and spec.kind == "parameter":
+        return ""
     if leaf == "num_batches_tracked" and shape in ((), (1,), None):
         return COUNTER
-    if leaf in _CONSTANTS or (leaf == "bias" and _is_causal_mask(shape)):
-        return CONSTANT
-    if _LOSS.search(key) and (kind == "buffer" or not loss_needs_buffer):
-        return LOSS
-    return ""
+    return CONSTANT if leaf in _CONSTANTS or (leaf == "bias" and _is_causal_mask(shape)) else ""
 
 
 def _is_causal_mask(shape: tuple[int, ...] | None) -> bool:

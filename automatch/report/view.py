@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,7 +170,8 @@ class View:
 def build_view(mapping: KeyMapping) -> View:
     """Everything a report says about ``mapping``."""
     verdict = mapping.verdict
-    rows = tuple(_row(match, mapping) for match in mapping.matches)
+    open_keys = {key for question in mapping.questions for key in question.keys}
+    rows = tuple(_row(match, mapping, open_keys) for match in mapping.matches)
     missing, unexpected = missing_leftovers(mapping), unexpected_leftovers(mapping)
     kind = verdict.kind if verdict else "unknown"
     return View(
@@ -198,29 +200,29 @@ def _withheld(mapping: KeyMapping, rows: tuple[Row, ...]) -> tuple[Group, ...]:
     return tuple(sorted(group_by_template(mapping, positions), key=lambda group: group.confidence))
 
 
-def is_withheld(match: Match) -> bool:
-    """Whether loading leaves a match out until a person decides."""
-    return not match.decided and (match.confidence < CONFIDENT or invents_values(match.transform))
+def is_withheld(match: Match, open_keys: Set[str] = frozenset()) -> bool:
+    """Whether loading leaves a match out until a person decides; ``open_keys`` hang on an open question."""
+    return not match.decided and (match.confidence < CONFIDENT or invents_values(match.transform) or match.target in open_keys)
 
 
-def band_of(match: Match) -> Band:
-    """How a match's confidence reads."""
+def _band(match: Match, withheld: bool) -> Band:
     if match.decided:
         return "decided"
-    if not is_withheld(match):
+    if not withheld:
         return "sure"
     return "uncertain" if match.confidence >= DOUBTFUL else "weak"
 
 
-def _row(match: Match, mapping: KeyMapping) -> Row:
+def _row(match: Match, mapping: KeyMapping, open_keys: Set[str]) -> Row:
+    withheld = is_withheld(match, open_keys)
     return Row(
         target=match.target,
         sources=match.sources,
         shapes=_shapes(match, mapping),
         transform=transform_text(match.transform),
         confidence=match.confidence,
-        band=band_of(match),
-        withheld=is_withheld(match),
+        band=_band(match, withheld),
+        withheld=withheld,
         evidence=_measured(match.evidence),
         runners_up=tuple((a.sources, transform_text(a.transform), a.confidence) for a in match.alternatives),
     )

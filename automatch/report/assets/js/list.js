@@ -1,6 +1,7 @@
 // The table of keys: only the rows in sight exist as elements, so that 50,000 keys cost as much as 50.
 const OVERSCAN = 6;
-const SHORT_WORDS = { concat: "join", permute_elements: "reorder" };
+const FIXED_COLUMNS = 300;
+const CHARACTER = 7.6;
 const MAX_PRINTED = 3000;
 
 class KeyList {
@@ -18,7 +19,16 @@ class KeyList {
       const row = event.target.closest("[data-at]");
       if (row) this.select(Number(row.dataset.at), { toggle: true });
     });
-    new ResizeObserver(() => this.draw(true)).observe(this.port);
+    const lengths = this.review.sides.flatMap((side) => side.keys.map((key) => key.length)).sort((a, b) => a - b);
+    this.typical = lengths[Math.floor(lengths.length * 0.9)] || 0;
+    new ResizeObserver(() => this.lay()).observe(this.port);
+  }
+
+  // Keys too long to stand side by side stand one above the other.
+  lay() {
+    const room = (this.port.clientWidth - FIXED_COLUMNS) / 2 / CHARACTER;
+    this.port.classList.toggle("stacked", this.typical > room);
+    this.draw(true);
   }
 
   rebuild(keep = true) {
@@ -73,9 +83,9 @@ class KeyList {
       `div.am-row.am-group${open ? ".open" : ""}`,
       null,
       h("span.mark", cell, h("span", { "aria-hidden": "true" }, open ? "▾" : "▸")),
-      h("span.from", key(label || pattern), h("span.line", null, label || pattern)),
+      h("span.from", key(label || pattern), keyElement(label || pattern)),
       h("span.arrow", cell, label ? "" : "→"),
-      h("span.to", key(replacement || ""), h("span.line", null, pattern === replacement ? "same key" : replacement || "")),
+      h("span.to", key(replacement || ""), label ? null : keyElement(pattern === replacement ? "same key" : replacement)),
       h("span.shape", { ...cell, title: facts }, counted(rows.length, "key"), facts ? h("span.words", null, facts) : null),
       h(
         "span.sure",
@@ -125,8 +135,9 @@ class KeyList {
   }
 
   words(transform) {
-    const [step, words] = this.review.transforms[transform];
-    return words ? h("span.words", { title: words }, (step.steps || [step]).map(({ op }) => SHORT_WORDS[op] || op).join(", ")) : null;
+    const words = this.review.transforms[transform][1];
+    const first = (step) => step.split(" ")[0].replace("entries", "slice");
+    return words ? h("span.words", { title: words }, words.split(", then ").map(first).join(", ")) : null;
   }
 
   meter(confidence, open, decided = false) {

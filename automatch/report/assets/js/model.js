@@ -61,7 +61,7 @@ class Review {
 
   isOpen(target) {
     const now = this.current(target);
-    return now !== null && !now.decided && (now.confidence < this.data.threshold || this.invents(now.transform));
+    return now !== null && !now.decided && (now.confidence < this.data.threshold || this.pending.has(target) || this.invents(now.transform));
   }
 
   invents(place) {
@@ -76,6 +76,8 @@ class Review {
 
   // Recompute what the answers imply and which checkpoint keys are used.
   refresh() {
+    const open = this.data.questions.filter((_, place) => !this.answers.has(place));
+    this.pending = new Set(open.flatMap((question) => question.keys));
     this.answered = new Map();
     for (const [place, option] of this.answers) {
       const question = this.data.questions[place];

@@ -23,7 +23,10 @@ class Rows {
     this.search = "";
     this.nTargets = review.target.keys.length;
     this.lower = review.sides.map((side) => side.keys.map((key) => key.toLowerCase()));
+    this.texts = [];
+    this.touched = [];
     this.refresh();
+    setTimeout(() => this.flags.forEach((_, row) => this.text(row)), 50);
   }
 
   isTarget(row) {
@@ -47,7 +50,10 @@ class Rows {
 
   // One number per row: bit i says whether it belongs to the i-th filter.
   refresh() {
-    this.texts = [];
+    const { decisions, answered } = this.review;
+    for (const row of this.touched) delete this.texts[row];
+    this.touched = [...decisions.keys(), ...answered.keys()];
+    for (const row of this.touched) delete this.texts[row];
     this.flags = new Map(this.universe().map((row) => [row, this.flagsOf(row)]));
   }
 

@@ -39,11 +39,12 @@ function kidsOf(parent) {
   if (parent.kids) return parent.kids;
   const first = parent.nodes[0];
   const names = [...first.kids.keys()];
+  const numbered = (name) => /^\d+$/.test(name);
+  if (names.every(numbered)) names.sort((a, b) => a - b);
   const kids = [];
   for (let i = 0; i < names.length;) {
     let end = i + 1;
     const form = first.kids.get(names[i]).form;
-    const numbered = (name) => /^\d+$/.test(name);
     while (end < names.length && numbered(names[i]) && numbered(names[end]) && first.kids.get(names[end]).form === form) end++;
     const group = names.slice(i, end);
     const label = group.length > 1 ? `{${group[0]}…${group[group.length - 1]}}` : short(names[i], 60);
@@ -189,14 +190,22 @@ class Tangle {
     const height = Math.max(...this.lines.map((lines) => lines.length)) * LINE;
     this.links.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.links.style.height = `${height}px`;
-    this.paths = this.pairs.map((pair) => {
-      const [y1, y2] = [pair.from, pair.to].map((line) => line * LINE + LINE / 2);
-      const band = pair.open === 0 ? "sure" : pair.least >= 0.5 ? "uncertain" : "weak";
+    this.paths = this.pairs.map((pair) => this.strands(pair, width));
+    this.links.replaceChildren(...this.paths.flat());
+  }
+
+  // One line per pair of modules, dashed where most of its keys are open; a thin dashed one on top where a few are.
+  strands({ from, to, n, open, least }, width) {
+    const [y1, y2] = [from, to].map((line) => line * LINE + LINE / 2);
+    const strand = (band, thickness) => {
       const path = svg("path", { class: band, d: `M0 ${y1}C${width / 2} ${y1} ${width / 2} ${y2} ${width} ${y2}` });
-      path.style.strokeWidth = Math.min(1.25 + Math.log2(pair.n) * 0.6, 7);
+      path.style.strokeWidth = thickness;
       return path;
-    });
-    this.links.replaceChildren(...this.paths);
+    };
+    const thickness = Math.min(1.25 + Math.log2(n) * 0.5, 7);
+    const band = least >= 0.5 ? "uncertain" : "weak";
+    if (open === 0) return [strand("sure", thickness)];
+    return open * 2 > n ? [strand(band, thickness)] : [strand("sure", thickness), strand(band, 1.25)];
   }
 
   light(side, at) {
@@ -204,7 +213,7 @@ class Tangle {
     this.box.classList.toggle("lit", on);
     const mine = this.pairs.filter((pair, i) => {
       const hit = on && (side ? pair.to : pair.from) === at;
-      this.paths[i].classList.toggle("on", hit);
+      for (const path of this.paths[i]) path.classList.toggle("on", hit);
       return hit;
     });
     const others = new Set(mine.map((pair) => (side ? pair.from : pair.to)));

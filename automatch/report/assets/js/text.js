@@ -49,14 +49,11 @@ function fill(element, attributes, children) {
   return element;
 }
 
-// A key whose last words stay in sight when it is too long, its words that the other side shares faded.
+// A key that loses its beginning, not its end, where there is no room; its words that the other side shares are faded.
 function keyElement(key, others) {
-  const words = short(key).split(".");
-  const cut = Math.max(words.length - 2, 0);
-  const piece = (word, place) => {
+  const pieces = short(key).split(".").map((word, place) => {
     const text = (place ? "." : "") + word;
     return others && others.has(word) ? h("span.same", null, text) : text;
-  };
-  const all = words.map(piece);
-  return h("span.key", null, cut ? h("span.head", null, all.slice(0, cut)) : null, h("span.tail", null, all.slice(cut)));
+  });
+  return h("span.key", null, h("bdi", { dir: "ltr" }, pieces));
 }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from automatch.cli import console
-from automatch.cli.propose import unfed_parameters
+from automatch.cli import REFUSED, console
+from automatch.cli.propose import unfed_keys
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +39,11 @@ def apply(ctx: click.Context, ckpt: str, mapping: str, output: Path, threshold: 
 
     whole = KeyMapping.load(mapping)
     kept = whole.confident(threshold)
-    unfed = unfed_parameters(kept)
+    unfed = unfed_keys(kept)
     if unfed and not partial:
         listed = "\n".join(f"  {key}" for key in unfed[:20]) + (f"\n  and {len(unfed) - 20} more" if len(unfed) > 20 else "")
         console.note(f"Refused: {len(unfed)} parameters would stay without a source; review the mapping, or give --partial:\n{listed}")
-        ctx.exit(1)
+        ctx.exit(REFUSED)
     with console.working(f"Writing {output}"):
         _save(kept.apply(ckpt), output)
     console.say(f"{len(kept)} tensors written to {output} ({len(whole) - len(kept)} withheld, {len(kept.missing_keys)} missing)")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from automatch import KeyMapping
 
 
 def is_main_rank() -> bool:
@@ -35,14 +37,16 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters escaped: a key of a hostile file must not drive the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+def say_report(mapping: KeyMapping, *, all_keys: bool = False) -> None:
+    """Write the report to stdout: as wide as the terminal and in colour where there is one, else 80 columns of text."""
+    if not is_main_rank():
+        return
+    if not sys.stdout.isatty():
+        click.echo(mapping.report(all_keys=all_keys), nl=False)
+        return
+    from automatch.report.terminal import print_report
 
-
-def width() -> int:
-    """The columns of a report: the terminal's (60 to 120), or 80 in a pipe."""
-    return min(120, max(60, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else 80
+    print_report(mapping, all_keys=all_keys)
 
 
 @contextmanager

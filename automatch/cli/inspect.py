@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -12,9 +11,7 @@ import click
 from automatch.cli import console
 
 if TYPE_CHECKING:
-    from automatch import StateSpec, TensorSpec
-
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+    from automatch import StateSpec
 
 
 @click.command()
@@ -32,9 +29,11 @@ def inspect(target: str, kwargs: str, all_keys: bool, as_json: bool, trust: bool
         head = {"origin": spec.origin, "wrapper": spec.wrapper, "fingerprint": spec.fingerprint, "notes": spec.notes}
         console.say_json({**head, "entries": entries})
         return
+    from automatch.report.wording import count, short
+
     numel = sum(tensor.numel for tensor in spec if tensor.alias_of is None)
-    nested = f", under {'.'.join(spec.wrapper)!r}" if spec.wrapper else ""
-    console.say(f"{console.printable(spec.origin)}: {len(spec)} tensors, {numel:,} elements{nested}")
+    nested = f", under {short('.'.join(spec.wrapper))}" if spec.wrapper else ""
+    console.say(f"{short(spec.origin)}: {count(len(spec), 'tensor')}, {count(numel, 'element')}{nested}")
     for row in _rows(spec, folded=not all_keys):
         console.say(row)
     for text in spec.notes:
@@ -54,13 +53,19 @@ def _spec_of(target: str, kwargs: str, trust: bool) -> StateSpec:
 
 
 def _rows(spec: StateSpec, *, folded: bool) -> Iterable[str]:
-    """One line per key, or per run of keys that differ in their indices alone."""
-    groups: dict[tuple[str, tuple[int, ...], str, bool], list[TensorSpec]] = {}
-    for tensor in spec:
-        template = _INDEX.sub("#", tensor.key) if folded else tensor.key
-        groups.setdefault((template, tensor.shape, tensor.dtype, tensor.alias_of is None), []).append(tensor)
-    for (template, shape, dtype, is_own), members in groups.items():
-        key = template if len(members) > 1 else members[0].key
-        count = f"  x{len(members)}" if len(members) > 1 else ""
-        alias = "" if is_own else f"  alias of {members[0].alias_of}"
-        yield console.printable(f"  {key}  {list(shape)} {dtype}{count}{alias}")
+    """One line per key, or per group of keys with one shape that differ in an index or in the last word alone."""
+    from automatch.report.collapse import collapse
+    from automatch.report.wording import shape_text, short
+
+    groups: dict[tuple[tuple[int, ...], str, str | None], list[str]] = {}
+    for position, tensor in enumerate(spec):
+        alone = None if folded and tensor.alias_of is None else str(position)
+        groups.setdefault((tensor.shape, tensor.dtype, alone), []).append(tensor.key)
+    place = {key: position for position, key in enumerate(spec.keys)}
+    folds = [(shape, dtype, fold) for (shape, dtype, _), keys in groups.items() for fold in collapse(keys)]
+    folds.sort(key=lambda line: place[line[2].keys[0]])
+    wide = max((len(shape_text(shape)) for shape, _, _ in folds), default=0)
+    for shape, dtype, fold in folds:
+        alias = spec[fold.keys[0]].alias_of
+        times = f" ×{len(fold.keys)}" if len(fold.keys) > 1 else ""
+        yield f"  {shape_text(shape):>{wide}}  {dtype:8}  {short(fold.template)}{times}{f' = {short(alias)}' if alias else ''}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from automatch.cli import console
+from automatch.cli import OK, REFUSED, console
 from automatch.cli.models import model_options, resolve_model
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def propose(
         for warning in mapping.warnings:
             console.note(f"Warning: {warning}")
     else:
-        console.say(mapping.report(all_keys=all_keys, width=console.width()))
+        console.say_report(mapping, all_keys=all_keys)
     if output:
         console.note(f"Mapping written to {mapping.save(output)}")
     if html:
         console.note(f"Report written to {mapping.to_html(html)}")
-    ctx.exit(1 if mapping.questions or unfed_parameters(mapping.confident(threshold)) else 0)
+    ctx.exit(REFUSED if mapping.questions or unfed_keys(mapping.confident(threshold)) else OK)
 
 
 def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:
@@ -70,10 +70,10 @@ def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:
     return parsed
 
 
-def unfed_parameters(mapping: KeyMapping) -> list[str]:
-    """Model keys that may be parameters and that neither a match nor a tied key feeds."""
-    spec = mapping.target.spec
-    if spec is None:
-        return list(mapping.missing_keys)
-    fed = {spec[match.target].alias_of or match.target for match in mapping.matches}
-    return [key for key in mapping.missing_keys if spec[key].kind != "buffer" and (spec[key].alias_of or key) not in fed]
+def unfed_keys(mapping: KeyMapping) -> tuple[str, ...]:
+    """Model keys that would keep an initial value which training has to replace."""
+    from automatch.refusal import needed_keys
+
+    if mapping.target.spec is None:
+        return mapping.missing_keys
+    return needed_keys(mapping.target.spec, (match.target for match in mapping.matches))

@@ -129,7 +129,7 @@ def _load(path: Path, html: Path, say: Callable[[str], None], working: Callable[
     try:
         report = automatch.load(model, path, mapping=mapping)
     except automatch.LoadError as error:
-        say(_indented(f"Refused: {error}"))
+        say(_refusal(error))
         return None
     metric = dice(model, seed=SEED)
     say(f"   {report!r}")
@@ -147,9 +147,7 @@ def _refuse(path: Path, say: Callable[[str], None], working: Callable[[str], Abs
     except automatch.LoadError as error:
         if not _unchanged(model, untouched):
             raise AssertionError("a refused load changed the model") from error
-        lines = str(error).splitlines()
-        shown = lines if len(lines) <= 8 else [*lines[:5], "  …", lines[-1]]
-        say(_indented("\n".join(["LoadError: " + shown[0], *shown[1:]])))
+        say(_refusal(error))
         say("   Not one value of the model was changed.\n")
         return str(error)
     return None
@@ -163,6 +161,12 @@ def _conclude(result: DemoResult, say: Callable[[str], None]) -> None:
     say(f"  automatch inspect {result.checkpoint}")
     say(f"  automatch propose {result.checkpoint} \\")
     say("    --model automatch.demo.after:MedicalSegmentationModel --all")
+
+
+def _refusal(error: automatch.LoadError) -> str:
+    lines = f"LoadError: {error}".splitlines()
+    shown = lines if len(lines) <= 8 else [*lines[:6], "  …"]
+    return _indented("\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in shown))
 
 
 def _indented(text: str) -> str:

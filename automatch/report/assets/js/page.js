@@ -54,7 +54,7 @@ async function downloadMapping(review) {
   const link = h("a", { href: URL.createObjectURL(blob), download: "mapping.json" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-  return "Written. Next: automatch apply CKPT --mapping mapping.json -o NEW"; apply it with: automatch apply mapping.json";
+  return "Written. Next: automatch apply CKPT --mapping mapping.json -o NEW";
 }
 
 async function sendDecisions(address, review) {

@@ -46,6 +46,8 @@ _HOMES = {
     "automatch.readers": ("open_checkpoint",),
     "automatch.specs": ("StateSpec", "TensorSpec"),
 }
+# Modules that are reached as attributes, e.g. automatch.lightning, and imported on first use too.
+_SUBMODULES = ("lightning",)
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -72,6 +74,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"automatch.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'automatch' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)

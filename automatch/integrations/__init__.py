@@ -1,0 +1,1 @@
+"""Bridges to training frameworks; nothing here is imported by the rest of automatch."""

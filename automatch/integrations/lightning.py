@@ -1,0 +1,306 @@
+"""Old checkpoints in PyTorch Lightning: weights, optimizer states and averaged copies under the model's new keys.
+
+Works with both packages, ``lightning`` and ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+from automatch.apply import open_source
+from automatch.errors import LoadError, MissingExtraError
+from automatch.load import LoadReport, report_of, values_of
+from automatch.mapping import CONFIDENT
+from automatch.matching import Pins
+from automatch.optimizer import remap_optimizer_state
+from automatch.planning import LoadPlan, MappingLike, plan_load
+from automatch.training import complete_state, remap_copies
+
+if TYPE_CHECKING:
+    import torch
+
+Checkpoint = dict[str, Any]
+
+
+class _Remapper:
+    """Puts a loaded Lightning checkpoint under a model's keys; the options are those of `automatch.load`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.report: LoadReport | None = None
+        self.plan: LoadPlan | None = None
+        self.checkpoint: Checkpoint | None = None
+
+    def weights(self, model: Any, checkpoint: Checkpoint, strict: bool | None = None) -> None:
+        """Replace the weights in ``checkpoint``, and every copy of them; nothing is changed when it is refused."""
+        state: dict[str, torch.Tensor] = checkpoint["state_dict"]
+        options: dict[str, Any] = dict(self.options)
+        if options.get("strict") is None:
+            options["strict"] = strict is not False
+        plan = plan_load(model, state, **options)
+        with open_source(plan.whole, state) as opened:
+            values = complete_state(values_of(plan, model, opened), plan.target, model.state_dict())
+        others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        moved = remap_copies(others, plan.chosen, model)
+        checkpoint.update(moved)
+        checkpoint["state_dict"] = values
+        self.plan, self.checkpoint, self.report = plan, checkpoint, report_of(plan, model)
+
+    def optimizers(self, model: Any, optimizers: list[Any]) -> None:
+        """Replace the optimizer states in the checkpoint, once the model's new optimizers are there."""
+        checkpoint, plan = self.checkpoint, self.plan
+        if checkpoint is None or plan is None:
+            return
+        self.checkpoint = None
+        saved: list[Any] = checkpoint.get("optimizer_states") or []
+        if not saved or not optimizers:
+            return
+        if len(saved) != len(optimizers):
+            raise LoadError(f"the checkpoint holds the states of {len(saved)} optimizers, the module configures {len(optimizers)}")
+        checkpoint["optimizer_states"] = [
+            remap_optimizer_state(state, plan.chosen, getattr(optimizer, "optimizer", optimizer), model)
+            for state, optimizer in zip(saved, optimizers, strict=True)
+        ]
+
+
+class _Hooks:
+    """What the callback does, without Lightning; `AutoMatch` adds Lightning's own base class."""
+
+    def __init__(
+        self,
+        *,
+        mapping: MappingLike | None = None,
+        threshold: float = CONFIDENT,
+        strict: bool | None = None,
+        pins: Pins | None = None,
+        adapt: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._remapper = _Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
+
+    @property
+    def report(self) -> LoadReport | None:
+        """What the last checkpoint gave, or None before one was loaded."""
+        return self._remapper.report
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Have the checkpoint put under the module's keys before the module sees it."""
+        before: Callable[[Checkpoint], None] = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: Checkpoint) -> None:
+            self._remapper.weights(pl_module, checkpoint, pl_module.strict_loading)
+            if trainer.strategy.restore_checkpoint_after_setup:
+                self._remapper.optimizers(pl_module, trainer.optimizers)
+            before(checkpoint)
+
+        pl_module.on_load_checkpoint = on_load_checkpoint
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Move the optimizer states: optimizers are there now, and their states are restored next."""
+        self._remapper.optimizers(pl_module, trainer.optimizers)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was; Lightning does not call `teardown` then."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+
+
+def _callback_class() -> type[Any]:
+    """`AutoMatch` over the callback class of every Lightning package in use (or, if none is, of one that is installed)."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    used = [name for name in names if name in sys.modules]
+    if not used:
+        for name in names:
+            try:
+                import_module(name)
+            except ImportError:
+                continue
+            used.append(name)
+            break
+    if not used:
+        raise MissingExtraError("automatch.lightning needs Lightning: pip install lightning")
+    bases = tuple(sys.modules[name].Callback for name in used)
+    return type("AutoMatch", (_Hooks, *bases), {"__doc__": _CALLBACK_DOC, "__module__": "automatch.lightning"})
+
+
+_CALLBACK_DOC = """Callback: ``Trainer(callbacks=AutoMatch())`` resumes, tests or predicts from a checkpoint with other keys.
+
+    Weights, averaged copies of them, and optimizer states follow their parameters; loops and schedulers are Lightning's.
+
+    Args:
+        mapping: a reviewed mapping (or its file); without it one is proposed.
+        threshold: matches are loaded from this confidence on, in [0, 1].
+        strict: as for `automatch.load`; None takes the module's ``strict_loading``.
+        pins: pairs that a person has decided.
+        adapt: shape adaptations by key pattern.
+    """
+
+
+class AutoMatchMixin:
+    """Base class, before ``LightningModule``: the module loads its own old checkpoints, by whatever way it is loaded.
+
+    Set the class attribute ``automatch_options`` to pass options of `automatch.load`.
+    """
+
+    automatch_options: Mapping[str, Any] = {}
+
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Put the checkpoint under this module's keys."""
+        remapper = _Remapper(**{"strict": None, **self.automatch_options})
+        remapper.weights(self, checkpoint, cast(Any, self).strict_loading)
+        self.__dict__["_automatch"] = remapper
+        cast(Any, super()).on_load_checkpoint(checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Move the optimizer states, which are restored next."""
+        remapper: _Remapper | None = self.__dict__.pop("_automatch", None)
+        if remapper is not None:
+            remapper.optimizers(self, cast(Any, self).trainer.optimizers)
+        cast(Any, super()).on_fit_start()
+
+
+def load_from_checkpoint(
+    module_class: type[Any],
+    checkpoint_path: Any,
+    map_location: Any = None,
+    hparams_file: Any = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    *,
+    mapping: MappingLike | None = None,
+    threshold: float = CONFIDENT,
+    pins: Pins | None = None,
+    adapt: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What ``module_class.load_from_checkpoint`` does, with the checkpoint's keys mapped onto the module's.
+
+    Args:
+        module_class: the ``LightningModule``.
+        checkpoint_path: path, URL or file.
+        map_location: as in Lightning.
+        hparams_file: as in Lightning.
+        strict: refuse when a parameter would keep its initial value; None takes the module's ``strict_loading``.
+        weights_only: as in Lightning.
+        mapping: a reviewed mapping (or its file); without it one is proposed.
+        threshold: matches are loaded from this confidence on, in [0, 1].
+        pins: pairs that a person has decided.
+        adapt: shape adaptations by key pattern.
+        **kwargs: overrides of the hyper-parameters.
+
+    Raises:
+        LoadError: loading was refused, with the keys and how to go on.
+    """
+    remapper = _Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
+    given = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
+    if weights_only is not None:
+        given["weights_only"] = weights_only
+    with _hooked(module_class, remapper):
+        return module_class.load_from_checkpoint(checkpoint_path, **given)
+
+
+_hook_lock = threading.RLock()
+
+
+@contextmanager
+def _hooked(module_class: type[Any], remapper: _Remapper) -> Generator[None]:
+    """Have instances of the class that this thread loads see their checkpoint under their own keys."""
+    before: Callable[[Any, Checkpoint], None] = module_class.on_load_checkpoint
+    thread = threading.get_ident()
+
+    def on_load_checkpoint(self: Any, checkpoint: Checkpoint) -> None:
+        if threading.get_ident() == thread:
+            remapper.weights(self, checkpoint, self.strict_loading)
+        before(self, checkpoint)
+
+    with _hook_lock:
+        own = "on_load_checkpoint" in vars(module_class)
+        module_class.on_load_checkpoint = on_load_checkpoint
+        try:
+            yield
+        finally:
+            if own:
+                module_class.on_load_checkpoint = before
+            else:
+                del module_class.on_load_checkpoint
+
+
+def fabric_load(
+    fabric: Any,
+    path: Any,
+    state: dict[str, Any],
+    strict: bool = True,
+    *,
+    mapping: MappingLike | None = None,
+    threshold: float = CONFIDENT,
+    pins: Pins | None = None,
+    adapt: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What ``fabric.load(path, state)`` does, with the keys of the one module in ``state`` mapped, all or nothing.
+
+    Args:
+        fabric: the ``Fabric``.
+        path: the checkpoint.
+        state: the objects to restore, by their names in the checkpoint; one module, its optimizers, anything else.
+        strict: refuse when a parameter would keep its initial value, or a name is not in the checkpoint.
+        mapping: a reviewed mapping (or its file); without it one is proposed.
+        threshold: matches are loaded from this confidence on, in [0, 1].
+        pins: pairs that a person has decided.
+        adapt: shape adaptations by key pattern.
+
+    Returns:
+        What is left of the checkpoint.
+
+    Raises:
+        LoadError: loading was refused; nothing in ``state`` has changed.
+    """
+    from torch import nn
+
+    from automatch.atomic import replace_values
+
+    checkpoint: dict[str, Any] = fabric.load(path)
+    absent = [name for name in state if name not in checkpoint]
+    if strict and absent:
+        raise LoadError(f"{', '.join(map(repr, absent))} is not in the checkpoint, which holds {', '.join(map(repr, checkpoint))}")
+    names = [name for name, value in state.items() if isinstance(value, nn.Module) and name in checkpoint]
+    if len(names) != 1:
+        raise LoadError(f"state must hold one module that is in the checkpoint, it holds {len(names)}; load the others with fabric.load")
+    model = _unwrapped(state[names[0]])
+    plan = plan_load(model, checkpoint[names[0]], mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
+    with open_source(plan.whole, checkpoint[names[0]]) as opened:
+        values = values_of(plan, model, opened)
+    rest: dict[str, Any] = remap_copies({k: v for k, v in checkpoint.items() if k != names[0]}, plan.chosen, model)
+    optimizers = {name: value for name, value in state.items() if hasattr(value, "param_groups") and name in rest}
+    moved = {name: remap_optimizer_state(rest[name], plan.chosen, _unwrapped(value), model) for name, value in optimizers.items()}
+    replace_values(model, values)
+    for name, value in state.items():
+        if name in moved:
+            value.load_state_dict(moved[name])
+        elif name in rest and hasattr(value, "load_state_dict"):
+            value.load_state_dict(rest[name])
+        elif name in rest:
+            state[name] = rest[name]
+    return {name: value for name, value in rest.items() if name not in state}
+
+
+def _unwrapped(value: Any) -> Any:
+    """The object inside Fabric's wrappers (and `torch.compile`'s)."""
+    for name in ("_orig_mod", "module", "optimizer"):
+        if type(value).__name__ in ("_FabricModule", "_FabricOptimizer", "OptimizedModule") and hasattr(value, name):
+            return _unwrapped(getattr(value, name))
+    return value
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoMatch":
+        globals()[name] = _callback_class()
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,279 @@
+"""Runs of real Lightning, with both of its packages: trained under one class, resumed under the refactored one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from handmade import assert_unchanged, mapping_of, snapshot_of
+from torch import nn
+
+import automatch
+from automatch.errors import LoadError
+from automatch.transforms import Concat
+
+PACKAGES = [
+    name for name in ("lightning.pytorch", "pytorch_lightning") if __import__("importlib.util").util.find_spec(name.partition(".")[0])
+]
+pytestmark = [
+    pytest.mark.skipif(not PACKAGES, reason="Lightning is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about workers, loggers and its own imports
+]
+
+
+@pytest.fixture(params=PACKAGES)
+def pl(request: pytest.FixtureRequest) -> Any:
+    return import_module(request.param)
+
+
+def batches() -> torch.utils.data.DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 6, generator=generator, dtype=torch.float64)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :2].tanh()), batch_size=8)
+
+
+def modules(pl: Any, optimizer: str, groups: int, *extra_bases: type) -> tuple[type, type]:
+    """A module and its refactored successor: renamed, re-nested, re-ordered, with two layers fused into one."""
+
+    class Base(*extra_bases, pl.LightningModule):
+        def __init__(self, width: int = 4, lr: float = 1e-2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        test_step = training_step
+
+        def configure_optimizers(self) -> Any:
+            parameters: list[Any] = list(self.parameters())
+            if groups == 2:
+                decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+                parameters = [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "lr": self.hparams.lr / 2}]
+            if optimizer == "adam":
+                made: Any = torch.optim.Adam(parameters, lr=self.hparams.lr)
+            else:
+                made = torch.optim.SGD(parameters, lr=self.hparams.lr, momentum=0.9)
+            return [made], [torch.optim.lr_scheduler.StepLR(made, 1, 0.8)]
+
+    class V1(Base):
+        def __init__(self, width: int = 4, lr: float = 1e-2) -> None:
+            super().__init__(width, lr)
+            self.query, self.key = nn.Linear(6, width), nn.Linear(6, width)
+            self.norm = nn.BatchNorm1d(width)
+            self.out = nn.Linear(width, 2)
+            self.double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.norm(self.query(x) * self.key(x)).relu())
+
+    class V2(Base):
+        def __init__(self, width: int = 4, lr: float = 1e-2) -> None:
+            super().__init__(width, lr)
+            self.head = nn.ModuleDict({"classifier": nn.Linear(width, 2)})
+            self.body = nn.ModuleDict({"bn": nn.BatchNorm1d(width), "query_key": nn.Linear(6, 2 * width)})
+            self.double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, key = self.body["query_key"](x).chunk(2, -1)
+            return self.head["classifier"](self.body["bn"](query * key).relu())
+
+    V1.__qualname__, V2.__qualname__ = "V1", "V2"
+    return V1, V2
+
+
+FEEDS = {
+    "head.classifier.weight": "out.weight",
+    "head.classifier.bias": "out.bias",
+    **{f"body.bn.{leaf}": f"norm.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
+    "body.query_key.weight": (("query.weight", "key.weight"), Concat(0)),
+    "body.query_key.bias": (("query.bias", "key.bias"), Concat(0)),
+}
+
+
+def fit(pl: Any, model: Any, epochs: int, tmp_path: Any, callbacks: list[Any], ckpt_path: Any = None) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, **quiet)
+    trainer.fit(model, batches(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def trained(pl: Any, v1: type, tmp_path: Any, callbacks: list[Any] | None = None) -> Any:
+    """The checkpoint of three epochs under the first class."""
+    pl.seed_everything(7, verbose=False)
+    path = tmp_path / "v1.ckpt"
+    fit(pl, v1(), 3, tmp_path, callbacks or []).save_checkpoint(path)
+    return path
+
+
+def averaging(pl: Any) -> Any:
+    from torch.optim.swa_utils import get_ema_avg_fn
+
+    return pl.callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.7))
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_training_resumes_step_for_step(pl, optimizer, groups, ema, tmp_path):
+    v1, v2 = modules(pl, optimizer, groups)
+    path = trained(pl, v1, tmp_path, [averaging(pl)] if ema else None)
+    unchanged, refactored = v1(), v2()
+    first = fit(pl, unchanged, 6, tmp_path, [averaging(pl)] if ema else [], path)
+    mapping = mapping_of(refactored, torch.load(path)["state_dict"], FEEDS)
+    match = automatch.lightning.AutoMatch(mapping=mapping)
+    second = fit(pl, refactored, 6, tmp_path, [match, averaging(pl)] if ema else [match], path)
+    assert len(unchanged.losses) == 18
+    assert refactored.losses == pytest.approx(unchanged.losses, rel=1e-9)
+    assert match.report.loaded == refactored_keys(refactored)
+    assert [g["lr"] for g in second.optimizers[0].param_groups] == [g["lr"] for g in first.optimizers[0].param_groups]
+    assert (second.current_epoch, second.global_step) == (6, 36)
+    # after the run the averages, where there are any, have been put into the modules
+    x = torch.ones(3, 6, dtype=torch.float64)
+    assert torch.allclose(refactored.eval()(x), unchanged.eval()(x), rtol=1e-9)
+
+
+def refactored_keys(model: nn.Module) -> tuple[str, ...]:
+    return tuple(model.state_dict())
+
+
+def test_without_automatch_lightning_refuses(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 1)
+    path = trained(pl, v1, tmp_path)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fit(pl, v2(), 6, tmp_path, [], path)
+
+
+def test_the_mixin_needs_nothing_else(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 2)
+    path = trained(pl, v1, tmp_path)
+
+    class Mixed(*modules(pl, "adam", 2, automatch.lightning.AutoMatchMixin)[1:]):
+        automatch_options = {"mapping": mapping_of(v2(), torch.load(path)["state_dict"], FEEDS)}  # noqa: RUF012
+
+    unchanged, mixed = v1(), Mixed()
+    fit(pl, unchanged, 6, tmp_path, [], path)
+    fit(pl, mixed, 6, tmp_path, [], path)
+    assert mixed.losses == pytest.approx(unchanged.losses, rel=1e-9)
+    assert torch.equal(Mixed.load_from_checkpoint(path).head["classifier"].weight, v1.load_from_checkpoint(path).out.weight)
+
+
+def test_test_and_predict_load_too(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 1)
+    path = trained(pl, v1, tmp_path)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    unchanged, refactored = v1(), v2()
+    match = automatch.lightning.AutoMatch(mapping=mapping_of(refactored, torch.load(path)["state_dict"], FEEDS))
+    pl.Trainer(**quiet).test(unchanged, batches(), ckpt_path=path, verbose=False)
+    pl.Trainer(callbacks=[match], **quiet).test(refactored, batches(), ckpt_path=path, verbose=False)
+    assert refactored.losses == pytest.approx(unchanged.losses, rel=1e-9)
+    assert "on_load_checkpoint" not in vars(refactored)
+
+
+def test_a_refused_checkpoint_leaves_the_module_as_it_was(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 1)
+    path = trained(pl, v1, tmp_path)
+    refactored = v2()
+    feeds = {key: value for key, value in FEEDS.items() if "classifier" not in key}
+    match = automatch.lightning.AutoMatch(mapping=mapping_of(refactored, torch.load(path)["state_dict"], feeds))
+    before = snapshot_of(refactored)
+    with pytest.raises(LoadError, match=r"'head.classifier.weight': nothing in the checkpoint feeds it"):
+        fit(pl, refactored, 6, tmp_path, [match], path)
+    assert_unchanged(refactored, before)
+    lenient = automatch.lightning.AutoMatch(mapping=match._remapper.options["mapping"], pins={"head.classifier.bias": None}, strict=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    pl.Trainer(callbacks=[lenient], **quiet).test(refactored, batches(), ckpt_path=path, verbose=False)
+    assert torch.equal(refactored.head["classifier"].weight, before["head.classifier.weight"][1])
+    assert lenient.report.to_train_keys == ("head.classifier.weight", "head.classifier.bias")
+
+
+def test_load_from_checkpoint_with_hyperparameters(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 1)
+    pl.seed_everything(7, verbose=False)
+    path = tmp_path / "wide.ckpt"
+    old = v1(width=5, lr=0.5)
+    fit(pl, old, 1, tmp_path, []).save_checkpoint(path)
+    mapping = mapping_of(v2(width=5), torch.load(path)["state_dict"], FEEDS)
+    before = v2.on_load_checkpoint
+    model = automatch.lightning.load_from_checkpoint(v2, path, map_location="cpu", mapping=mapping, lr=0.25)
+    assert type(model) is v2
+    assert (model.hparams.width, model.hparams.lr) == (5, 0.25)
+    x = torch.ones(3, 6, dtype=torch.float64)
+    assert torch.allclose(model.eval()(x), old.eval()(x), rtol=1e-12)
+    assert v2.on_load_checkpoint is before
+    with pytest.raises(automatch.MappingError, match="made for another model"):
+        automatch.lightning.load_from_checkpoint(v2, path, mapping=mapping, width=6)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        v2.load_from_checkpoint(path)
+
+
+def test_a_renamed_module_is_proposed_for(pl, tmp_path):
+    class Before(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+    class After(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    old = Before()
+    trainer.strategy.connect(old)
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    new = automatch.lightning.load_from_checkpoint(After, tmp_path / "old.ckpt", threshold=0.5)
+    assert torch.equal(new.model(torch.eye(3)), old.net(torch.eye(3)))
+
+
+class Moving(torch.nn.Module):
+    """What Fabric trains in the test below."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in sorted(self.named_children()):
+            x = child[1](x)
+        return x
+
+
+def test_fabric_load(tmp_path):
+    fabric_module = pytest.importorskip("lightning.fabric")
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
+
+    def step(model: Any, optimizer: Any) -> float:
+        loss = model(torch.ones(2, 3)).square().sum()
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        return loss.item()
+
+    old = Moving(("a", "b"))
+    model, optimizer = fabric.setup(old, torch.optim.Adam(old.parameters(), lr=0.1))
+    step(model, optimizer)
+    fabric.save(tmp_path / "f.ckpt", {"model": model, "optimizer": optimizer, "epoch": 4, "note": "kept"})
+    expected = [step(model, optimizer) for _ in range(3)]
+
+    new = Moving(("y", "x"))  # registered the other way round
+    feeds = {f"{target}.{leaf}": f"{source}.{leaf}" for target, source in (("x", "a"), ("y", "b")) for leaf in ("weight", "bias")}
+    mapping = mapping_of(new, torch.load(tmp_path / "f.ckpt")["model"], feeds)
+    wrapped, resumed = fabric.setup(new, torch.optim.Adam(new.parameters(), lr=0.1))
+    before = snapshot_of(new)
+    partial = mapping.decide("x.bias", None)
+    state = {"model": wrapped, "optimizer": resumed, "epoch": 0}
+    with pytest.raises(LoadError, match=r"'x.bias'"):
+        automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", state, mapping=partial)
+    assert_unchanged(new, before)
+    with pytest.raises(LoadError, match="'gone' is not in the checkpoint"):
+        automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", {**state, "gone": 1}, mapping=mapping)
+    rest = automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", state, mapping=mapping)
+    assert (rest, state["epoch"]) == ({"note": "kept"}, 4)
+    assert [step(wrapped, resumed) for _ in range(3)] == pytest.approx(expected, rel=1e-6)

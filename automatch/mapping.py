@@ -16,6 +16,7 @@ from automatch.transforms import Copy, Transform, from_dict, to_dict
 if TYPE_CHECKING:
     import torch
 
+    from automatch.conversion import Conversion, Progress
     from automatch.rules import RenameRule
 
 FORMAT, VERSION = "automatch-mapping", 1
@@ -265,6 +266,14 @@ class KeyMapping:
         from automatch.apply import apply_mapping
 
         return apply_mapping(self, ckpt)
+
+    def convert(
+        self, ckpt: Any, out: str | Path, *, verify: bool = False, progress: Progress | None = None, trust: bool = False
+    ) -> Conversion:
+        """Write the checkpoint under the model's keys to ``out``, tensor by tensor; see `automatch.convert.convert_checkpoint`."""
+        from automatch.convert import convert_checkpoint
+
+        return convert_checkpoint(self, ckpt, out, verify=verify, progress=progress, trust=trust)
 
     # ---- JSON -----------------------------------------------------------------------------------------
 

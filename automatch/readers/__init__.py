@@ -12,11 +12,11 @@ from typing import Any, Self, cast
 from automatch.errors import CheckpointError
 from automatch.readers._base import Checkpoint, OpenCheckpoint
 from automatch.readers._files import open_path
-from automatch.readers._live import open_dict, open_spec
+from automatch.readers._live import open_dict, open_foreign, open_spec
 from automatch.readers._quantised import quantised_note
 from automatch.specs import StateSpec
 
-__all__ = ["Checkpoint", "OpenCheckpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "OpenCheckpoint", "as_open_checkpoint", "open_checkpoint"]
 
 
 class _Borrowed:
@@ -68,6 +68,12 @@ def open_checkpoint(ckpt: Any, *, like: StateSpec | None = None, wrapper: Sequen
     if hasattr(ckpt, "spec") and hasattr(ckpt, "tensor"):
         return _Borrowed(cast(Checkpoint, ckpt))
     raise CheckpointError(f"a {type(ckpt).__name__} is not a checkpoint; pass a path, a dict of tensors or an open checkpoint")
+
+
+def as_open_checkpoint(checkpoint: Checkpoint) -> OpenCheckpoint:
+    """An open checkpoint with what conversions need of it: entries, files, and the content around the weights."""
+    inner = checkpoint.inner if isinstance(checkpoint, _Borrowed) else checkpoint
+    return inner if isinstance(inner, OpenCheckpoint) else open_foreign(inner)
 
 
 def _noted(checkpoint: OpenCheckpoint) -> OpenCheckpoint:

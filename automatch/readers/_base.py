@@ -201,6 +201,7 @@ class OpenCheckpoint:
         files: what `close` closes.
         metadata: the text metadata of the file (safetensors), kept by a conversion.
         tree: the whole content around the weights, for formats that have one.
+        live: whether the tensors are in memory already.
     """
 
     def __init__(
@@ -211,10 +212,11 @@ class OpenCheckpoint:
         *,
         metadata: Mapping[str, str] | None = None,
         tree: Any = None,
+        live: bool = False,
     ) -> None:
         self.spec, self.entries, self.files = spec, entries, files
         self.metadata = dict(metadata or {})
-        self.tree = tree
+        self.tree, self.live = tree, live
 
     def tensor(self, key: str) -> Any:
         """The tensor of ``key``.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from automatch.errors import CheckpointError
-from automatch.readers._base import OpenCheckpoint, Region
+from automatch.readers._base import Checkpoint, OpenCheckpoint, Region
 from automatch.readers._unwrap import Node, pick_state
 from automatch.specs import StateSpec, dtype_name, is_tensor, shape_of, spec_of_state_dict
 
@@ -28,6 +28,22 @@ class LiveEntry:
 
     def read(self) -> Any:
         return self.value
+
+    def region(self) -> Region | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignEntry:
+    """A tensor of an open checkpoint of somebody else's making."""
+
+    checkpoint: Checkpoint
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Any:
+        return self.checkpoint.tensor(self.key)
 
     def region(self) -> Region | None:
         return None
@@ -83,7 +99,13 @@ def open_dict(ckpt: Any, like: StateSpec | None, wrapper: Sequence[str] | None, 
     """
     state = pick_state(ckpt, LiveNode, origin=origin, like=like, wrapper=wrapper)
     spec = replace(spec_of_state_dict(state.tensors, origin=origin), wrapper=state.path, notes=state.notes)
-    return OpenCheckpoint(spec, {key: LiveEntry(value) for key, value in state.tensors.items()}, tree=ckpt)
+    return OpenCheckpoint(spec, {key: LiveEntry(value) for key, value in state.tensors.items()}, tree=ckpt, live=True)
+
+
+def open_foreign(checkpoint: Checkpoint) -> OpenCheckpoint:
+    """Give an open checkpoint of somebody else's making the face of one of ours."""
+    entries = {t.key: ForeignEntry(checkpoint, t.key, t.dtype, t.shape) for t in checkpoint.spec}
+    return OpenCheckpoint(checkpoint.spec, entries)
 
 
 def open_spec(spec: StateSpec) -> OpenCheckpoint:

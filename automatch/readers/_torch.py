@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 from automatch.errors import CheckpointError, UnsafeCheckpointError
 from automatch.readers._base import Bytes, Entry, OpenCheckpoint, SourceFile
 from automatch.readers._dtypes import ITEM_BYTES, TORCH_STORAGES
-from automatch.readers._entries import FileEntry
+from automatch.readers._entries import FileEntry, Wrapper
 from automatch.readers._limits import FREE_EXPANSION_ELEMENTS, MAX_PICKLE_BYTES, check_shape
 from automatch.readers._pickle import Call, Global, Persistent, read_pickle, read_pickle_bytes
 from automatch.readers._unwrap import Node, pick_state
@@ -50,6 +50,23 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class TorchTree:
+    """The whole content of a torch file, so that it can be written again around other weights.
+
+    Args:
+        root: what the pickle describes.
+        nodes: the nodes of the weights, by key.
+        attributes: what hangs on the weights' own mapping, such as ``_metadata``.
+        storage: how a storage is read.
+    """
+
+    root: Any
+    nodes: Mapping[str, Any]
+    attributes: Any
+    storage: Callable[[Storage], Entry]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor that a pickle describes: a strided view of a storage."""
 
@@ -72,7 +89,7 @@ class TensorRef:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
 
-def open_torch_zip(file: SourceFile, archive: Archive, like: StateSpec | None, wrapper: tuple[str, ...] | None) -> OpenCheckpoint:
+def open_torch_zip(file: SourceFile, archive: Archive, like: StateSpec | None, wrapper: Wrapper) -> OpenCheckpoint:
     """Open a file that `torch.save` wrote in the zip form."""
     origin = str(file.path)
     pickle_name = next(name for name in archive.members if name.endswith("data.pkl"))
@@ -111,7 +128,7 @@ def _zip_entry(archive: Archive, folder: str, ref: TensorRef) -> ZipEntry:
     return ZipEntry(archive, member, ref.offset * size, ref.span * size, ref.dtype, ref.shape, ref.stride)
 
 
-def open_torch_legacy(file: SourceFile, like: StateSpec | None, wrapper: tuple[str, ...] | None) -> OpenCheckpoint:
+def open_torch_legacy(file: SourceFile, like: StateSpec | None, wrapper: Wrapper) -> OpenCheckpoint:
     """Open a file that `torch.save` wrote before torch 1.6, or any plain pickle of tensors."""
     origin = str(file.path)
     stream = file.stream()
@@ -238,7 +255,12 @@ def sizes(value: Any) -> tuple[int, ...]:
 
 
 def _open_tree(
-    tree: Any, names: frozenset[str], file: SourceFile, entry: Any, like: StateSpec | None, wrapper: tuple[str, ...] | None
+    tree: Any,
+    names: frozenset[str],
+    file: SourceFile,
+    entry: Callable[[TensorRef], Entry],
+    like: StateSpec | None,
+    wrapper: tuple[str, ...] | None,
 ) -> OpenCheckpoint:
     origin = str(file.path)
     refuse_hostile(names, origin)
@@ -253,7 +275,12 @@ def _open_tree(
     for key, other in state.others.items():
         _refuse_tensor_subclass(key, other, origin)
     spec = StateSpec(tuple(tensors), origin, state.path, notes=state.notes)
-    return OpenCheckpoint(spec, {key: entry(ref) for key, ref in refs.items()}, (file,), tree=tree)
+    whole = TorchTree(tree, state.nodes, state.attributes, lambda storage: entry(_whole(storage)))
+    return OpenCheckpoint(spec, {key: entry(ref) for key, ref in refs.items()}, (file,), tree=whole)
+
+
+def _whole(storage: Storage) -> TensorRef:
+    return TensorRef(storage, storage.dtype, 0, (storage.elements,), (1,))
 
 
 class TreeNode(Node):

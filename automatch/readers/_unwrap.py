@@ -45,12 +45,16 @@ class State:
         path: the dict keys that lead to them; a last ``"*"`` means everything below, joined by dots.
         tensors: the tensors by key, in file order.
         others: the entries beside them that are no tensors.
+        nodes: what the tensors were found in, by key.
+        attributes: what hangs on the mapping itself, such as a state_dict's ``_metadata``.
         notes: what a person should know of the choice.
     """
 
     path: tuple[str, ...]
     tensors: dict[str, Any]
     others: dict[str, Any]
+    nodes: dict[str, Any] = field(default_factory=dict[str, Any])
+    attributes: Any = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,7 +144,8 @@ def _collect(children: Mapping[Any, Any], path: tuple[str, ...], node: type[Node
         else:
             others[key] = child
     if tensors:
-        found.states.append(State(path, tensors, others))
+        nodes = {key: children[key] for key in tensors}
+        found.states.append(State(path, tensors, others, nodes, getattr(children, "attributes", None)))
     if any(node.mapping(child) is not None for child in others.values()):
         found.parents[path] = children
 
@@ -155,13 +160,15 @@ def _joined(found: _Found) -> Iterable[State]:
     for path in found.parents:
         tensors: dict[str, Any] = {}
         others: dict[str, Any] = {}
+        nodes: dict[str, Any] = {}
         parts = [state for state in found.states if state.path[: len(path)] == path]
         for state in parts:
             prefix = "".join(f"{part}." for part in state.path[len(path) :])
             tensors |= {prefix + key: tensor for key, tensor in state.tensors.items()}
             others |= {prefix + key: other for key, other in state.others.items()}
+            nodes |= {prefix + key: other for key, other in state.nodes.items()}
         if len(parts) > 1 and len(tensors) == sum(len(state.tensors) for state in parts):
-            yield State((*path, JOINED), tensors, others)
+            yield State((*path, JOINED), tensors, others, nodes)
 
 
 def _at(found: _Found, wrapper: tuple[str, ...], origin: str) -> State:
@@ -224,7 +231,8 @@ def _chosen(near: list[State], why: str) -> State:
         f"{len(near)} sets of weights {why}: {listed}; took {_show(first.path)} (raw weights before averages, "
         f"then the best fit, then file order); for another one open the checkpoint with wrapper={rest[0].path!r}"
     )
-    return State(first.path, first.tensors, first.others, (*first.notes, note))
+    first.notes = (*first.notes, note)
+    return first
 
 
 def _show(path: tuple[str, ...]) -> str:

@@ -68,10 +68,16 @@ def plan_adaptations(whole: KeyMapping, sure: KeyMapping, adapt: Mapping[str, st
                 kept.add(tensor.key)
                 continue
             sources, before = _sources_of(tensor, method, whole, sure, pins)
-            step = Adapt(method, tensor.shape)
+            shape = _shape(before, sources, source)
+            step = chain() if shape == tensor.shape else Adapt(method, tensor.shape)
             matches.append(Match(tensor.key, sources, chain(before, step), confidence=1.0, decided=True))
-            methods[tensor.key] = f"{method}: {explain_mismatch(tensor.key, _shape(before, sources, source), tensor.shape)}"
+            methods[tensor.key] = f"{method}: {explain_mismatch(tensor.key, shape, tensor.shape)}"
     return Adaptations(tuple(matches), methods, frozenset(kept))
+
+
+def pins_to_adapt(pins: Mapping[str, Any], adapt: Mapping[str, str]) -> set[str]:
+    """The pinned keys whose source is adapted, and so may have another shape."""
+    return {key for key, source in pins.items() if source is not None and any(fnmatchcase(key, pattern) for pattern in adapt)}
 
 
 def _check_methods(adapt: Mapping[str, str]) -> None:
@@ -119,6 +125,19 @@ def _sources_of(
         f"adapt: nothing in the checkpoint can feed {tensor.key!r} {tensor.shape} with {method!r}; "
         f"name its source with pins={{{tensor.key!r}: key}}, or keep its initial value with {KEEP!r}"
     )
+
+
+def resized_source(key: str, mapping: KeyMapping) -> TensorSpec | None:
+    """The checkpoint tensor that would feed a model key if its shape had not changed; None where none stands out."""
+    source, target = mapping.source.spec, mapping.target.spec
+    if source is None or target is None:
+        return None
+    for match in (mapping.get(key), *_alternatives(mapping.get(key))):
+        if match is not None and is_adapted(match.transform):
+            return source[match.sources[0]]
+    named = [source[name] for name in mapping.unexpected_keys if name == key or name.endswith("." + key) or key.endswith("." + name)]
+    resized = [tensor for tensor in named if tensor.shape != target[key].shape]
+    return resized[0] if len(resized) == 1 else None
 
 
 def _alternatives(match: Match | None) -> list[Match]:

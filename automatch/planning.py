@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automatch.adapt import plan_adaptations
+from automatch.adapt import pins_to_adapt, plan_adaptations
 from automatch.apply import check_side
 from automatch.errors import LoadError
 from automatch.mapping import CONFIDENT, KeyMapping, Side
@@ -68,10 +68,11 @@ def plan_load(
         MappingError: the mapping was made for another model or checkpoint.
     """
     target = spec_of_model(model)
-    pins = dict(pins or {})
-    whole = _mapping_for(target, ckpt, mapping, pins, trust)
+    pins, adapt = dict(pins or {}), dict(adapt or {})
+    adapted = pins_to_adapt(pins, adapt)
+    whole = _mapping_for(target, ckpt, mapping, {key: source for key, source in pins.items() if key not in adapted}, trust)
     sure = without_open_questions(whole.confident(threshold))
-    adaptations = plan_adaptations(whole, sure, adapt or {}, pins)
+    adaptations = plan_adaptations(whole, sure, adapt, pins)
     chosen = sure.with_matches([*(m for m in sure.matches if m.target not in adaptations.methods), *adaptations.matches])
     accepted = {key for key, source in pins.items() if source is None} | adaptations.kept
     needed = [key for key in needed_keys(target, (m.target for m in chosen.matches)) if key not in accepted]

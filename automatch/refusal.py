@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from automatch.mapping import KeyMapping, Match, Question
+from automatch.adapt import explain_mismatch, resized_source
+from automatch.mapping import KeyMapping, Question
 from automatch.specs import StateSpec, TensorSpec
 
 # Buffers that a constructor computes: a model that was not given them works all the same. Others (running
@@ -69,7 +70,7 @@ def explain_refusal(mapping: KeyMapping, needed: Iterable[str], threshold: float
     settled = {key for question in asked for key in question.keys}
     lines.extend(_question_line(question) for question in asked[:_SHOWN])
     rest = [key for key in needed if key not in settled]
-    lines.extend(_key_line(key, mapping.get(key), threshold) for key in rest[:_SHOWN])
+    lines.extend(_key_line(key, mapping, threshold) for key in rest[:_SHOWN])
     if len(rest) > _SHOWN:
         lines.append(f"  … and {len(rest) - _SHOWN} more")
     lines.append(
@@ -87,7 +88,11 @@ def _question_line(question: Question) -> str:
     )
 
 
-def _key_line(key: str, match: Match | None, threshold: float) -> str:
+def _key_line(key: str, mapping: KeyMapping, threshold: float) -> str:
+    match, resized = mapping.get(key), resized_source(key, mapping)
+    if resized is not None and mapping.target.spec is not None:
+        why = explain_mismatch(key, resized.shape, mapping.target.spec[key].shape)
+        return f"  {key!r}: size mismatch with {resized.key!r}, {why}; ask for it with adapt={{{key!r}: method}}"
     if match is None:
         return f"  {key!r}: nothing in the checkpoint feeds it"
     sources = match.sources[0] if len(match.sources) == 1 else list(match.sources)

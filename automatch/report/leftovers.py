@@ -31,7 +31,7 @@ _CONSTANTS = frozenset(
         "rel_pos_index",
     }
 )
-_LOSS = re.compile(r"(^|[._])(loss|losses|criterion|criteria|lpips|metric|metrics)([._]|$)|(^|\.)\w*(loss|criterion)(_fn|_fct)?\.")
+_LOSS = re.compile(r"(^|[._])(loss|losses|criterion|criteria|lpips|metric|metrics)([._]|$)")
 
 COUNTER = "BatchNorm's counter of batches; changes no output in evaluation"
 CONSTANT = "a constant that the model computes itself"

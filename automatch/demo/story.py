@@ -21,7 +21,7 @@ SEED = 7
 WIDTH = 76  # with the indent it fits 80 columns
 CHANGES = (
     "the decoder's blocks are nested lists now, their layers have other names",
-    "a dropout was inserted into the bottleneck: bottleneck.2 is another layer now",
+    "a dropout was inserted, so that bottleneck.2 is another layer than it was",
     "the encoder lies one prefix deeper",
     "head, decoder, bottleneck, encoder are registered in the opposite order",
 )
@@ -99,7 +99,7 @@ def _train(path: Path, epochs: int, say: Callable[[str], None], working: Callabl
 
 
 def _fail(path: Path, say: Callable[[str], None]) -> float:
-    say("2. The class is refactored. What it computes stays the same, hardly any key does:\n")
+    say("2. The class is refactored; the network is the same, hardly any key is:\n")
     for change in CHANGES:
         say(f"   - {change}")
     state_dict = torch.load(path, weights_only=True)["state_dict"]

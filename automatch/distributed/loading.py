@@ -1,0 +1,222 @@
+"""`load`: propose once, agree, read each rank's slices into a stage, agree again, and only then change the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from automatch.apply import check_side
+from automatch.distributed.crew import Crew
+from automatch.distributed.entries import Entries, find_entries, find_source_prefix
+from automatch.distributed.planner import MappedLoadPlanner, WholeRead
+from automatch.distributed.source import dcp_load, match_groups, spec_of_metadata
+from automatch.distributed.storage import Reader, identity, open_reader
+from automatch.distributed.target import Target
+from automatch.errors import LoadError, MappingError
+from automatch.mapping import CONFIDENT, KeyMapping, Match, Side
+from automatch.matching import propose_mapping
+from automatch.refusal import explain_refusal, needed_keys, shorten, without_open_questions
+from automatch.specs import StateSpec
+from automatch.transforms import Copy, to_dict
+
+logger = logging.getLogger("automatch.distributed")
+
+
+class DistributedReport(NamedTuple):
+    """What `load` did on this rank.
+
+    Args:
+        missing_keys: flat keys of the target that nothing fed.
+        unexpected_keys: keys of the checkpoint's model that were not used.
+        loaded: flat keys of the target that were loaded.
+        converted: model keys that are not a plain copy of one tensor.
+        whole_reads: targets whose sources had to be read whole here, with the memory that took.
+        bytes_read: bytes that this rank read of the checkpoint's tensors and objects.
+        mapping: the mapping that was used; complete on rank 0, matches alone elsewhere.
+    """
+
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    loaded: tuple[str, ...]
+    converted: tuple[str, ...]
+    whole_reads: tuple[WholeRead, ...]
+    bytes_read: int
+    mapping: KeyMapping
+
+    def __repr__(self) -> str:
+        return (
+            f"DistributedReport({len(self.loaded)} entries loaded, {len(self.converted)} converted, {len(self.missing_keys)} missing, "
+            f"{len(self.unexpected_keys)} unexpected, {self.bytes_read} bytes read on this rank)"
+        )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What rank 0 tells the others."""
+
+    matches: tuple[Match, ...]
+    source: Side
+    target_fingerprint: str
+    digest: str
+    identity: str
+    metadata: Any
+    source_prefix: str
+    groups: dict[int, int] | None
+
+
+def load(
+    model: Any,
+    checkpoint: str | os.PathLike[str],
+    mapping: KeyMapping | str | os.PathLike[str] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    strict: bool = True,
+    threshold: float = CONFIDENT,
+    timeout: float = 60.0,
+    trust: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> DistributedReport:
+    """Load a checkpoint with other keys into a sharded model: every rank calls it, all of them load or none.
+
+    Args:
+        model: a module (FSDP2, tensor parallel, plain; also on the meta device), or a state_dict of such, nested or flat.
+        checkpoint: a torch.distributed.checkpoint directory or a folder of safetensors files that every rank sees.
+        mapping: a reviewed mapping, or its file; None proposes one, on rank 0 alone.
+        optimizer: the module's optimizer; its state follows its parameters.
+        strict: refuse when a parameter, or an entry of the optimizer, would keep its initial value.
+        threshold: a proposed match is used from this confidence on, in [0, 1].
+        timeout: seconds without a sign of life after which a rank counts as lost and all others stop, > 0.
+        trust: allow pickled entries to execute code.
+        group: the process group; None for the default one.
+
+    Raises:
+        LoadError: loading was refused, or a rank failed or was lost; nothing was changed on any rank.
+        MappingError: the mapping was made for another model or checkpoint.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    with Crew(group, timeout=timeout) as crew:
+        target = crew.together("describing the model", lambda: Target(model, optimizer))
+        try:
+            return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, trust))
+        except BaseException:
+            target.forget()
+            raise
+
+
+@dataclass(frozen=True)
+class _Options:
+    mapping: KeyMapping | str | os.PathLike[str] | None
+    strict: bool
+    threshold: float
+    trust: bool
+
+
+def _load(crew: Crew, target: Target, path: Path, options: _Options) -> DistributedReport:
+    given = crew.together("reading the mapping", lambda: _given(options.mapping))
+    proposed = crew.together("proposing", lambda: _propose(target, path, given, options) if crew.leads else None)
+    order: _Order = crew.together("receiving the mapping", lambda: crew.broadcast(proposed and proposed[0]))
+    mapping = crew.together("checking the fingerprints", lambda: _checked(order, target, path, given))
+    reader = open_reader(path, order.metadata, trust=options.trust)
+    planner = MappedLoadPlanner(
+        mapping,
+        groups=order.groups,
+        source_prefix=order.source_prefix,
+        allow_partial_load=True,
+        trust=options.trust,
+        on_read=lambda _: crew.advance(),
+    )
+    entries = find_entries(mapping, target.flat, order.metadata, order.groups, order.source_prefix)
+    staged = crew.together("reading", lambda: _read(target, entries, planner, reader, options))
+    if crew.leads:
+        _say_what_is_whole(planner.whole_reads)
+    crew.together("restoring the optimizer", lambda: target.commit_optimizer(staged))
+    loaded = tuple(map(target.name, staged))
+    target.commit_model(staged)
+    used = {key for match in mapping.matches for key in match.sources}
+    return DistributedReport(
+        tuple(map(target.name, entries.missing)),
+        tuple(t.key for t in spec_of_metadata(order.metadata, str(path), order.source_prefix) if t.key not in used),
+        loaded,
+        tuple(match.target for match in mapping.matches if not isinstance(match.transform, Copy)),
+        tuple(planner.whole_reads),
+        reader.bytes_read,
+        proposed[1] if proposed else mapping,
+    )
+
+
+def _given(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMapping | None:
+    return mapping if isinstance(mapping, KeyMapping) or mapping is None else KeyMapping.load(Path(mapping))
+
+
+def _propose(target: Target, path: Path, given: KeyMapping | None, options: _Options) -> tuple[_Order, KeyMapping]:
+    """On rank 0: the mapping, from metadata alone, and what the others need to follow it."""
+    reader = open_reader(path, trust=options.trust)
+    metadata = reader.read_metadata()
+    if given is None:
+        source = spec_of_metadata(metadata, str(path))
+        whole = propose_mapping(target.spec, source)
+        plan = without_open_questions(whole.confident(options.threshold))
+        prefix = "".join(f"{part}." for part in source.wrapper)
+    else:
+        prefix = find_source_prefix(given, metadata)
+        source = spec_of_metadata(metadata, str(path), prefix)
+        check_side(given.source, source, "checkpoint")
+        check_side(given.target, target.spec, "model")
+        whole = plan = given
+    needed = needed_keys(target.spec, (match.target for match in plan.matches))
+    if options.strict and needed:
+        raise LoadError(explain_refusal(whole, needed, options.threshold))
+    lean = tuple(Match(match.target, match.sources, match.transform) for match in plan.matches)
+    groups = match_groups(plan, target.flat, reader, trust=options.trust)
+    side = Side(str(path), source.fingerprint, len(source), StateSpec((), str(path), source.wrapper))
+    return _Order(lean, side, target.spec.fingerprint, digest(plan), identity(path), metadata, prefix, groups), whole
+
+
+def _checked(order: _Order, target: Target, path: Path, given: KeyMapping | None) -> KeyMapping:
+    """On every rank: the same model, the same checkpoint, the same mapping as on rank 0."""
+    if target.spec.fingerprint != order.target_fingerprint:
+        here, there = target.spec.fingerprint, order.target_fingerprint
+        raise MappingError(f"this rank's model has fingerprint {here}, rank 0's {there}; build the same model on all ranks")
+    if (found := identity(path)) != order.identity:
+        raise MappingError(
+            f"{str(path)!r} is another checkpoint here ({found}) than on rank 0 ({order.identity}); pass a path that all ranks share"
+        )
+    if given is not None and digest(given) != order.digest:
+        raise MappingError("this rank was given another mapping than rank 0; pass the same one on all ranks, or None")
+    mapping = KeyMapping(order.source, Side.of(target.spec), order.matches)
+    return replace(mapping, missing_keys=tuple(key for key in target.spec.keys if key not in mapping))
+
+
+def _read(target: Target, entries: Entries, planner: MappedLoadPlanner, reader: Reader, options: _Options) -> dict[str, Any]:
+    model_keys = {entries.target_prefix + key for key in target.spec.keys}
+    lost = [key for key in entries.missing if key not in model_keys]
+    if options.strict and lost:
+        raise LoadError(
+            f"nothing in the checkpoint feeds {len(lost)} entries: {shorten(lost)}; "
+            "load the model without its optimizer, or with strict=False"
+        )
+    staged = target.stage(entry.target for entry in entries.fed)
+    dcp_load(staged, reader, planner)
+    target.check(staged)
+    return staged
+
+
+def _say_what_is_whole(reads: Iterable[WholeRead]) -> None:
+    for read in reads:
+        size = f"{read.nbytes / 2**20:.1f} MiB"
+        logger.warning("%r cannot be read in slices (%s): each rank reads its sources whole, %s at a time", read.key, read.reason, size)
+
+
+def digest(mapping: KeyMapping) -> str:
+    """A digest of what a mapping does: its matches' targets, sources and transforms."""
+    lines = (json.dumps([match.target, match.sources, to_dict(match.transform)]) for match in mapping.matches)
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

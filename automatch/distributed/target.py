@@ -1,0 +1,249 @@
+"""What ranks load into: a module, with its optimizer or without, or a state_dict; staged first, then changed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.checkpoint._traverse import set_element  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from automatch.distributed.chunks import local_chunks
+from automatch.distributed.entries import sections
+from automatch.errors import LoadError, ModelError
+from automatch.specs import StateSpec, TensorSpec, dtype_name, shape_of, spec_of_model
+
+MODEL, OPTIM = "model", "optim"
+
+
+class Target:
+    """Something to load into.
+
+    Args:
+        model: a module, or a state_dict, nested or flat, as torch.distributed.checkpoint takes it.
+        optimizer: the module's optimizer, whose state is loaded as well.
+        device: where tensors of a meta module are made; None for the device of their mesh, or the CPU.
+
+    Raises:
+        ModelError: it is neither, or an optimizer comes without a materialised module.
+    """
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer | None = None, device: torch.device | str | None = None) -> None:
+        self._model = model if isinstance(model, nn.Module) else None
+        self._optimizer, self._device = optimizer, device
+        self._fresh = optimizer is not None and not optimizer.state
+        self._before: Any = None
+        if self._model is not None:
+            if any(isinstance(module, FullyShardedDataParallel) for module in self._model.modules()):
+                raise ModelError(
+                    "an FSDP1 module gives copies of its weights; load into get_model_state_dict(model), then call set_model_state_dict"
+                )
+            self.nested: dict[str, Any] = {MODEL: get_model_state_dict(self._model)}
+            self.spec = _module_spec(self._model, self.nested[MODEL])
+            if optimizer is not None:
+                self.nested[OPTIM] = self._optimizer_state(optimizer)
+        elif isinstance(model, dict) and optimizer is None:
+            self.nested = cast(dict[str, Any], model)
+            _refuse_stateful(self.nested)
+            self.spec = _plain_spec(_tensors(model_part(self.nested)), "state_dict")
+        else:
+            raise ModelError(
+                f"cannot load into {type(model).__name__}{' with an optimizer' if optimizer else ''}; pass a module or a state_dict"
+            )
+        self.flat, self._paths = flatten_state_dict(self.nested)
+
+    def _optimizer_state(self, optimizer: torch.optim.Optimizer) -> Any:
+        assert self._model is not None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.is_meta for p in parameters):
+            raise ModelError(
+                "the optimizer holds parameters on the meta device; load the model first, then build its optimizer and load again"
+            )
+        if self._fresh and any(p.grad is not None for p in parameters):
+            raise ModelError("the optimizer has no state yet and its parameters have gradients; call optimizer.zero_grad() first")
+        try:
+            return get_optimizer_state_dict(self._model, optimizer)
+        except Exception:
+            self.forget()
+            raise
+
+    def stage(self, keys: Iterable[str]) -> dict[str, Any]:
+        """New, empty tensors of the same kind, placement and dtype for the given flat keys; objects as they are."""
+        return {key: self._empty_like(value) if isinstance(value := self.flat[key], torch.Tensor) else value for key in keys}
+
+    def _empty_like(self, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
+        if not isinstance(value, DTensor):
+            device = (self._device or "cpu") if value.is_meta else value.device
+            return torch.empty_like(value, device=device, requires_grad=False)
+        local = value.to_local()
+        device = (self._device or value.device_mesh.device_type) if local.is_meta else local.device
+        empty = torch.empty_like(local, device=device, requires_grad=False)
+        return DTensor.from_local(empty, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
+
+    def check(self, staged: Mapping[str, Any]) -> None:
+        """Make sure that keys which are one tensor in the model were given equal values.
+
+        Raises:
+            LoadError: two tied keys would get different values.
+        """
+        for first, other in self._tied(staged):
+            pairs = zip(local_chunks(staged[first]), local_chunks(staged[other]), strict=True)
+            if any(not torch.equal(a, b) for (a, _), (b, _) in pairs):
+                raise LoadError(
+                    f"{first!r} and {other!r} are one tensor in the model, and the checkpoint feeds them different values; map one of them"
+                )
+
+    def _tied(self, staged: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+        for tensor in self.spec:
+            first, other = (self._model_key(key) for key in (tensor.alias_of, tensor.key))
+            if first in staged and other in staged:
+                yield first, other
+
+    def name(self, flat: str) -> str:
+        """How a person knows a flat key: a module's entries have no prefix."""
+        return flat.removeprefix(f"{MODEL}.") if self._model is not None else flat
+
+    def _model_key(self, key: str | None) -> str:
+        return f"{MODEL}.{key}" if self._model is not None else str(key)
+
+    # ---- changing it --------------------------------------------------------------------------------------
+
+    def commit_optimizer(self, staged: Mapping[str, Any]) -> None:
+        """Give the optimizer its state; `forget` takes it back."""
+        if self._optimizer is None or self._model is None:
+            return
+        self._before = None if self._fresh else self._optimizer.state_dict()
+        state: dict[str, Any] = {}
+        for key, value in self.flat.items():
+            set_element(state, self._paths[key], staged.get(key, value))
+        set_optimizer_state_dict(self._model, self._optimizer, state[OPTIM], options=StateDictOptions(strict=False))
+
+    def forget(self) -> None:
+        """Leave the optimizer as it was found."""
+        if self._optimizer is not None and self._fresh:
+            self._optimizer.state.clear()
+        elif self._optimizer is not None and self._before is not None:
+            self._optimizer.load_state_dict(self._before)
+
+    def commit_model(self, staged: dict[str, Any]) -> None:
+        """Give the model (or the state_dict) its values; nothing that can fail for want of data or agreement is left."""
+        meta: dict[str, Any] = {}
+        other: dict[str, Any] = {}
+        own = _storages(self._model) if self._model is not None else None
+        with torch.no_grad():
+            for key in list(staged):
+                old, new = self.flat[key], staged.pop(key)
+                path = self._paths[key]
+                if self._model is not None and path[0] == OPTIM:
+                    continue
+                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and not old.is_meta and _is_live(old, own):
+                    for (to, _), (values, _) in zip(local_chunks(old.detach()), local_chunks(new), strict=True):
+                        to.copy_(values)
+                elif self._model is None:
+                    set_element(self.nested, path, new)
+                else:
+                    (meta if isinstance(old, torch.Tensor) and old.is_meta else other)[str(path[-1])] = new
+        if self._model is not None and (meta or other):
+            _hand_over(self._model, list(self.nested[MODEL]), meta, other)
+
+
+def _storages(model: nn.Module) -> set[int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return {local.untyped_storage().data_ptr() for tensor in tensors for local, _ in local_chunks(tensor.detach())}
+
+
+def _is_live(value: torch.Tensor, own: set[int] | None) -> bool:
+    """Whether writing into a state_dict's tensor changes the module: a hook may have made it a copy."""
+    return own is None or all(local.untyped_storage().data_ptr() in own for local, _ in local_chunks(value.detach()))
+
+
+def _hand_over(model: nn.Module, keys: list[str], meta: dict[str, Any], other: dict[str, Any]) -> None:
+    """Give a module what cannot be written in place: values for meta tensors, extra state, what hooks convert."""
+    names = list(model.state_dict())
+    own = dict(zip(keys, names, strict=True)) if len(keys) == len(names) else dict(zip(keys, keys, strict=True))
+    tied = _ties(model)
+    meta, other = ({own[key]: value for key, value in part.items()} for part in (meta, other))
+    if meta:
+        model.load_state_dict(meta, strict=False, assign=True)
+    if other:
+        model.load_state_dict(other, strict=False)
+    for group in tied:
+        _tie(model, group, meta)
+
+
+def model_part(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's entries of a nested state_dict: the dict of tensors that is not an optimizer's.
+
+    Raises:
+        ModelError: there is none, or there are several.
+    """
+    if any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        return state_dict
+    inner = {key: value for key, value in state_dict.items() if isinstance(value, Mapping) and not _is_optimizer(value)}
+    if MODEL in inner:
+        return model_part(inner[MODEL])
+    found = [part for part in inner.values() if any(isinstance(v, torch.Tensor | Mapping) for v in part.values())]
+    if len(found) != 1:
+        raise ModelError(f"which of {', '.join(map(repr, state_dict)) or 'no entries'} is the model's state_dict? Name it 'model'")
+    return model_part(found[0])
+
+
+def _refuse_stateful(state_dict: Mapping[str, Any]) -> None:
+    for key, value in state_dict.items():
+        if isinstance(value, Stateful):
+            raise ModelError(f"entry {key!r} is {type(value).__name__}, which may fail half way; pass module and optimizer, or state_dicts")
+
+
+def _is_optimizer(part: Mapping[str, Any]) -> bool:
+    flat = [f"{key}." for key in part]
+    return {"state", "param_groups"} <= set(part) or any(next(sections(key, "param_groups"), None) for key in flat)
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in flatten_state_dict(dict(state_dict))[0].items() if isinstance(value, torch.Tensor)}
+
+
+def _plain_spec(tensors: Mapping[str, torch.Tensor], origin: str) -> StateSpec:
+    return StateSpec(tuple(TensorSpec(key, shape_of(value, key), dtype_name(value.dtype)) for key, value in tensors.items()), origin)
+
+
+def _module_spec(model: nn.Module, state_dict: Mapping[str, Any]) -> StateSpec:
+    """The module's spec under the keys of torch.distributed.checkpoint, which leaves wrappers' prefixes out."""
+    spec = spec_of_model(model)
+    keys = [key for key, value in state_dict.items() if isinstance(value, torch.Tensor)]
+    if list(spec.keys) == keys:
+        return spec
+    if len(spec) != len(keys):
+        return _plain_spec({key: state_dict[key] for key in keys}, type(model).__name__)
+    renamed = dict(zip(spec.keys, keys, strict=True))
+    tensors = tuple(replace(t, key=renamed[t.key], alias_of=renamed.get(t.alias_of or "")) for t in spec)
+    return StateSpec(tensors, spec.origin, modules=spec.modules)
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie(model: nn.Module, names: list[str], assigned: Mapping[str, Any]) -> None:
+    """Assigning to meta parameters makes one per key; make them one again, the one that was given a value."""
+    kept = next((name for name in names if name in assigned), names[0])
+    parameter = model.get_parameter(kept)
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module).register_parameter(leaf, parameter)

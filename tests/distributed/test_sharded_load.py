@@ -1,0 +1,214 @@
+"""Saving under one class and mesh, loading into the other class under another mesh, in real processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from sharded_models import WIDTH, New, Old, expected, mapping_of, matches, new_model, old_model, split_back
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from worlds import run_ranks, values
+
+from automatch.distributed import MappedLoadPlanner, load
+from automatch.mapping import Match, Side
+from automatch.specs import StateSpec, TensorSpec
+from automatch.transforms import Chain, Permute, Reshape, Slice, apply_transform, chain
+
+pytestmark = pytest.mark.distributed
+
+
+def shard(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """FSDP2 on one dimension of the mesh, tensor parallel on the other if there is one."""
+    if len(shape) == 2:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        for block in model.blocks if isinstance(model, New) else ():
+            parallelize_module(block, mesh["tp"], {"qkv": ColwiseParallel(), "fc_out": RowwiseParallel()})
+        dp = mesh["dp"]
+    else:
+        dp = init_device_mesh("cpu", shape)
+    for block in model.blocks if isinstance(model, New) else model.layers:
+        fully_shard(block, mesh=dp)
+    return fully_shard(model, mesh=dp)
+
+
+def full(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for key, value in state.items()}
+
+
+def save_old(rank: int, path: Path, wrap: bool) -> None:
+    model = shard(old_model(), (torch.distributed.get_world_size(),))
+    state = get_model_state_dict(model)
+    dcp.save({"model": state, "step": 5} if wrap else state, checkpoint_id=path)
+
+
+def load_new(rank: int, path: Path, mesh: tuple[int, ...], meta: bool) -> tuple[dict[str, torch.Tensor], int]:
+    if meta:
+        with torch.device("meta"):
+            model = shard(New(), mesh)
+    else:
+        model = shard(new_model(), mesh)
+    report = load(model, path, mapping_of(old_model(), new_model()), timeout=20)
+    assert report.missing_keys == report.unexpected_keys == report.whole_reads == ()
+    return full(get_model_state_dict(model)), report.bytes_read
+
+
+def check_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(got[key], value), key
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The old model as saved by 1 and by 4 ranks."""
+    root = tmp_path_factory.mktemp("saved")
+    for size in (1, 4):
+        values(run_ranks(size, save_old, root, root / f"by{size}", size == 4))
+    return {size: root / f"by{size}" for size in (1, 4)}
+
+
+@pytest.mark.parametrize(("writers", "mesh", "meta"), [(1, (2,), True), (4, (2,), False), (1, (2, 2), False), (4, (2, 2), True)])
+def test_other_class_and_mesh_get_the_values_of_one_process(
+    saved: dict[int, Path], tmp_path: Path, writers: int, mesh: tuple[int, ...], meta: bool
+) -> None:
+    size = mesh[0] * (mesh[1] if len(mesh) == 2 else 1)
+    results = values(run_ranks(size, load_new, tmp_path, saved[writers], mesh, meta))
+    for got, _ in results:
+        check_equal(got, expected(old_model()))
+
+
+def test_each_rank_reads_its_share_of_the_bytes(saved: dict[int, Path], tmp_path: Path) -> None:
+    total = sum(tensor.nbytes for tensor in old_model().state_dict().values())
+    buffers = sum(tensor.nbytes for tensor in old_model().buffers())
+    read = [nbytes for _, nbytes in values(run_ranks(2, load_new, tmp_path, saved[1], (2,), True))]
+    # Buffers are not sharded: both ranks hold them. Columns of these small tensors are cut from rows that were read whole.
+    assert total + buffers <= sum(read) < 1.25 * (total + buffers)
+    assert max(read) - min(read) < 0.1 * total
+
+
+def load_folder(rank: int, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    forth = shard(new_model(), (2,))
+    load(forth, path, mapping_of(old_model(), new_model()), timeout=20)
+    back_path = path.parent / "new_dcp"
+    dcp.save(get_model_state_dict(forth), checkpoint_id=back_path)
+    back = shard(old_model(seed=5), (2,))
+    load(back, back_path, mapping_of(new_model(), old_model(), split_back()), timeout=20)
+    return full(get_model_state_dict(forth)), full(get_model_state_dict(back))
+
+
+def test_a_safetensors_folder_loads_sharded_and_splits_again(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    state = dict(old_model().state_dict())
+    names = {key: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, key in enumerate(state)}
+    for name in set(names.values()):
+        save_file({key: value for key, value in state.items() if names[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    save_file({"embed.weight": torch.zeros(1)}, folder / "not-in-the-index.safetensors")
+    for forth, back in values(run_ranks(2, load_folder, tmp_path, folder)):
+        check_equal(forth, expected(old_model()))
+        check_equal(back, state)
+
+
+def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Path) -> tuple[torch.Tensor, Any]:
+    logging.getLogger("automatch").addHandler(logging.FileHandler(log / f"log{rank}"))
+    mesh = init_device_mesh("cpu", (2,))
+    state = {"odd": distribute_tensor(torch.zeros(6, 8), mesh, [Shard(1)])}
+    empty = mapping_of(old_model(), new_model(), [])
+    target = Side.of(StateSpec((TensorSpec("odd", (6, 8)),)))
+    mapping = replace(empty, target=target).with_matches([Match("odd", ("layers.0.query.weight",), odd)])
+    report = load(state, path, mapping, timeout=20)
+    return state["odd"].full_tensor(), [(read.key, read.nbytes) for read in report.whole_reads]
+
+
+def test_what_cannot_be_sliced_is_read_whole_and_said_by_rank_0(saved: dict[int, Path], tmp_path: Path) -> None:
+    odd = chain(Slice(0, 0, 12), Slice(1, 0, 4), Permute((1, 0)), Reshape((6, 8)))
+    weight = old_model().state_dict()["layers.0.query.weight"]
+    results = values(run_ranks(2, load_state_dict_with_odd_reshape, tmp_path, saved[1], odd, tmp_path))
+    for got, whole in results:
+        assert torch.equal(got, apply_transform(odd, [weight]))
+        assert whole == [("odd", WIDTH * WIDTH * 4)]
+    assert "'odd' cannot be read in slices" in (tmp_path / "log0").read_text()
+    assert (tmp_path / "log1").read_text() == ""
+
+
+def train(rank: int, path: Path) -> tuple[Any, Any]:
+    """Train the old class, save, load module and optimizer of the new class, and compare what both hold."""
+    old = shard(old_model(), (2,))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [*old.head.parameters()], "lr": 0.5},
+            {"params": [*old.layers.parameters(), *old.embed.parameters(), *old.stats.parameters()]},
+        ]
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        old(torch.randint(0, 13, (4, 5))).pow(2).mean().backward()
+        optimizer.step()
+    model_state, optimizer_state = get_state_dict(old, optimizer)
+    dcp.save({"model": model_state, "optim": optimizer_state, "epoch": 3}, checkpoint_id=path)
+
+    def build() -> tuple[New, torch.optim.Optimizer]:
+        model = shard(new_model(), (2,))
+        rest = [*model.blocks.parameters(), *model.tokens.parameters(), *model.stats.parameters()]
+        return model, torch.optim.AdamW([{"params": rest}, {"params": [*model.lm_head.parameters()]}])
+
+    model, fresh = build()
+    mapping = mapping_of(old_model(), new_model())
+    load(model, path, mapping, optimizer=fresh, timeout=20)
+    loaded = get_optimizer_state_dict(model, fresh)
+
+    other, other_optimizer = build()
+    state = dict(zip(("model", "optim"), get_state_dict(other, other_optimizer), strict=True)) | {"epoch": 0}
+    load(state, path, mapping, timeout=20)
+    set_state_dict(other, other_optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    again = get_optimizer_state_dict(other, other_optimizer)
+
+    def plain(state: Any) -> Any:
+        moments = {f"{key}.{name}": value for key, entry in state["state"].items() for name, value in entry.items()}
+        return full(moments), [(group["lr"], sorted(group["params"])) for group in state["param_groups"]]
+
+    return (
+        plain(optimizer_state),
+        plain(loaded),
+        plain(again),
+        state["epoch"],
+        full(get_model_state_dict(old)),
+        full(get_model_state_dict(other)),
+    )
+
+
+def test_optimizer_state_groups_and_objects_follow(tmp_path: Path) -> None:
+    results = values(run_ranks(2, train, tmp_path, tmp_path / "trained"))
+    (moments, groups), (loaded, new_groups), again, epoch, old_state, other_state = results[0]
+    assert epoch == 3
+    assert [lr for lr, _ in groups] == [0.5, 1e-3]
+    assert [lr for lr, _ in new_groups] == [1e-3, 0.5]  # the new optimizer lists its groups in another order
+    assert [lr for lr, _ in again[1]] == [1e-3, 0.5]
+    for match in matches():
+        assert torch.equal(other_state[match.target], apply_transform(match.transform, [old_state[key] for key in match.sources]))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if f"{match.sources[0]}.{name}" in moments:
+                wanted = apply_transform(match.transform, [moments[f"{key}.{name}"] for key in match.sources])
+                assert torch.equal(loaded[f"{match.target}.{name}"], wanted)
+                assert torch.equal(again[0][f"{match.target}.{name}"], wanted)
+                assert loaded[f"{match.target}.step"] == 3
+
+
+def test_the_planner_serves_torch_as_it_is(saved: dict[int, Path]) -> None:
+    model = new_model()
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(model.state_dict(), checkpoint_id=saved[4], planner=MappedLoadPlanner(mapping_of(Old(), New())))
+    check_equal(dict(model.state_dict()), expected(old_model()))

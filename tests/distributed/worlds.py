@@ -1,0 +1,92 @@
+"""Worlds of real processes: gloo ranks on this machine, forked from a server that has imported torch once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "safetensors.torch",
+        "pytest",
+        "automatch.distributed.loading",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one rank: its result, the error it raised, or the signal that ended it."""
+
+    value: Any = None
+    error: str | None = None
+    trace: str = ""
+    signal: int | None = None
+
+
+def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any, limit: float = 90.0) -> list[Outcome]:
+    """Call ``function(rank, *args)`` on ``size`` ranks and say what became of each; ``folder`` holds what they leave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    ranks = [_CONTEXT.Process(target=_rank, args=(rank, size, port, folder, function, args), daemon=True) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(limit)
+    stuck = [i for i, rank in enumerate(ranks) if rank.is_alive()]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert not stuck, f"ranks {stuck} of {size} still ran after {limit} s"
+    return [_outcome(folder / f"rank{i}.pickle", rank.exitcode or 0) for i, rank in enumerate(ranks)]
+
+
+def values(outcomes: list[Outcome]) -> list[Any]:
+    """The results of ranks that all must have succeeded."""
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None, f"rank {rank}: {outcome.trace}"
+        assert outcome.signal is None, f"rank {rank} died of signal {outcome.signal}"
+    return [outcome.value for outcome in outcomes]
+
+
+def _outcome(path: Path, code: int) -> Outcome:
+    if code < 0:
+        return Outcome(signal=-code)
+    outcome = pickle.loads(path.read_bytes())
+    path.unlink()
+    return outcome
+
+
+def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        outcome = Outcome(function(rank, *args))
+        dist.barrier()
+    except BaseException as error:
+        outcome = Outcome(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+    (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(outcome))
+    os._exit(0)  # a dead rank leaves the group in a state that its destructor would wait for
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

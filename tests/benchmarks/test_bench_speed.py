@@ -34,8 +34,9 @@ def test_propose_task(tool):
     assert row["matches"] >= row["right"] > 0
 
 
-def test_load_task(tmp_path):
-    assert speed_tasks.write(str(tmp_path), "0.01")["blocks"] == 1
+def test_load_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_tasks, "WIDTH", 64)
+    assert speed_tasks.write(str(tmp_path), "0.0002")["blocks"] == 1
     assert speed_tasks.load(str(tmp_path), "torch", "copy")["seconds"] > 0
     assert speed_tasks.load(str(tmp_path), "torch", "assign")["peak_megabytes"] > 0
 

@@ -14,8 +14,9 @@ from automatch.report.pagedata import page_data, script_json
 from automatch.report.templates import asset, render
 from automatch.report.view import build_view
 
-APP = tuple(f"js/{name}.js" for name in ("text", "model", "rows", "list", "detail", "tangle", "app"))
+APP = tuple(f"js/{name}.js" for name in ("text", "model", "export", "rows", "list", "detail", "tangle", "app"))
 STYLES = ("tokens.css", "page.css", "keys.css")
+DOCUMENT = "document.css"
 
 
 def render_html(mapping: KeyMapping, *, save: str = "") -> str:
@@ -27,7 +28,7 @@ def render_html(mapping: KeyMapping, *, save: str = "") -> str:
     """
     view = build_view(mapping)
     script = f'"use strict";\n{asset(*APP, "js/page.js")}'
-    css = asset(*STYLES)
+    css = asset(DOCUMENT, *STYLES)
     return render(
         "page.html.j2",
         view=view,

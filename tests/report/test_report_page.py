@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 import automatch
 from automatch.report.decisions import apply_decisions
+from automatch.review_server import ReviewServer
 
 CONTROL_A, DELETE, END = "\ue009a\ue000", "\ue017", "\ue010"
 
@@ -267,3 +269,21 @@ def test_without_scripts_the_essentials_are_there(tmp_path: Path) -> None:
         assert words in static
     data = text.partition('class="am-data">')[2].partition("</script>")[0]
     assert json.loads(data)["threshold"] == 0.95
+
+
+def test_the_served_page_saves_by_itself(browser: Any, tmp_path: Path) -> None:
+    mapping = zoo.transformer()
+    with ReviewServer(mapping, tmp_path / "mapping.json") as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            browser.get(server.url)
+            click(browser, "fieldset label", "norm_b is norm1")
+            click(browser, ".am-save")
+            said = wait(browser, "return document.querySelector('.am-said').textContent.startsWith('Saved') && 'yes'")
+        finally:
+            server.close()
+            thread.join()
+    assert said
+    saved = automatch.KeyMapping.load(tmp_path / "mapping.json")
+    assert saved == automatch.KeyMapping.from_dict(mapping.answer("q1", 1).to_dict())

@@ -62,6 +62,8 @@ class App {
 
   bindQuestions() {
     this.radios = [...this.root.querySelectorAll("input[data-question]")];
+    const view = (App.views = (App.views || 0) + 1); // a notebook may show one review twice: each has radios of its own
+    for (const radio of this.radios) radio.name += `-${view}`;
     for (const radio of this.radios) {
       radio.addEventListener("change", () => {
         const question = Number(radio.dataset.question);
@@ -110,6 +112,12 @@ class App {
   }
 
   changed(words) {
+    this.redraw();
+    this.update(true);
+    this.say(words);
+  }
+
+  redraw() {
     this.review.refresh();
     this.rows.refresh();
     const selected = this.list.selected;
@@ -117,8 +125,6 @@ class App {
     if (this.list.at < 0 && selected) this.list.at = Math.min(this.lastAt ?? 0, this.list.entries.length - 1);
     this.detail.show(this.list.selected || null);
     this.list.draw(true);
-    this.update(true);
-    this.say(words);
   }
 
   update(changed) {
@@ -137,6 +143,17 @@ class App {
       if (this.tangle) this.tangle.draw();
       this.host.changed(review.payload());
     }
+  }
+
+  // Decisions that came from outside, e.g. from Python or another view.
+  restore(payload) {
+    if (JSON.stringify(payload) === JSON.stringify(this.review.payload())) return;
+    this.review.decisions.clear();
+    this.review.answers.clear();
+    this.review.restore(payload);
+    this.redraw();
+    this.update(false);
+    if (this.tangle) this.tangle.draw();
   }
 
   clear() {

@@ -49,14 +49,6 @@ function startPage() {
   return app;
 }
 
-async function downloadMapping(review) {
-  const blob = new Blob([JSON.stringify(exportMapping(review))], { type: "application/json" });
-  const link = h("a", { href: URL.createObjectURL(blob), download: "mapping.json" });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-  return "Written. Next: automatch apply CKPT --mapping mapping.json -o NEW";
-}
-
 async function sendDecisions(address, review) {
   const body = JSON.stringify(review.payload());
   const answer = await fetch(address, { method: "POST", headers: { "Content-Type": "application/json" }, body });

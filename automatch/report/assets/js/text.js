@@ -51,9 +51,11 @@ function fill(element, attributes, children) {
 
 // A key that loses its beginning, not its end, where there is no room; its words that the other side shares are faded.
 function keyElement(key, others) {
-  const pieces = short(key).split(".").map((word, place) => {
-    const text = (place ? "." : "") + word;
-    return others && others.has(word) ? h("span.same", null, text) : text;
-  });
+  const pieces = short(key)
+    .split(".")
+    .map((word, place) => {
+      const text = (place ? "." : "") + word;
+      return others && others.has(word) ? h("span.same", null, text) : text;
+    });
   return h("span.key", null, h("bdi", { dir: "ltr" }, pieces));
 }

@@ -1,0 +1,135 @@
+"""One rank fails or is killed: the others stop with a clear error, and no model is changed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_models import WIDTH, mapping_of, matches, new_model, old_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from worlds import Outcome, run_ranks, save_alone
+
+import automatch.distributed.storage
+from automatch.distributed import RankLostError, load
+from automatch.errors import LoadError, MappingError
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_alone({"model": old_model().state_dict()}, tmp_path_factory.mktemp("saved") / "old")
+
+
+def failing_read(after: int, kill: bool) -> Any:
+    """A `read_slice` that works ``after`` times and then ends its rank."""
+    read, count = automatch.distributed.storage.read_slice, 0
+
+    def read_slice(*args: Any) -> int:
+        nonlocal count
+        count += 1
+        if count > after and kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count > after:
+            raise OSError("the disk is on fire")
+        return read(*args)
+
+    return read_slice
+
+
+def load_with(rank: int, path: Path, trouble: int, what: str) -> tuple[str, str, bool, int]:
+    """Load while rank ``trouble`` has some; what was raised, and whether model and optimizer are as they were."""
+    width = 2 * WIDTH if what == "model" and rank == trouble else None
+    model = new_model()
+    if width:
+        model.lm_head = nn.Linear(WIDTH, width)
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {key: local(value).clone() for key, value in get_model_state_dict(model).items()}
+    mapping = mapping_of(old_model(), new_model())
+    if what == "mapping" and rank == trouble:
+        mapping = mapping.with_matches(matches()[:-1])
+    if what in ("kill", "raise") and rank == trouble:
+        automatch.distributed.storage.read_slice = failing_read(5, what == "kill")
+    if what == "optimizer" and rank == trouble:
+        optimizer.load_state_dict = None  # type: ignore[assignment]
+    try:
+        load(model, path, mapping, optimizer=optimizer if what == "optimizer" else None, strict=False, timeout=3 if what == "kill" else 30)
+    except Exception as error:
+        same = all(torch.equal(local(value), before[key]) for key, value in get_model_state_dict(model).items())
+        return type(error).__name__, str(error), same, len(optimizer.state)
+    return "nothing", "", False, 0
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def run(saved: Path, folder: Path, size: int, trouble: int, what: str) -> list[Outcome]:
+    outcomes = run_ranks(size, load_with, folder, saved, trouble, what, limit=60)
+    for rank, outcome in enumerate(outcomes):
+        if outcome.signal is None and outcome.value is not None:
+            assert outcome.value[2], f"rank {rank}: the model was changed"
+            assert outcome.value[3] == 0, f"rank {rank}: the optimizer was changed"
+    return outcomes
+
+
+def test_a_failing_rank_stops_all_and_is_named(saved: Path, tmp_path: Path) -> None:
+    outcomes = run(saved, tmp_path, 4, 2, "raise")
+    assert outcomes[2].value[:2] == ("LoadError", "OSError: the disk is on fire")
+    for rank in (0, 1, 3):
+        kind, message, *_ = outcomes[rank].value
+        assert kind in ("LoadError", "RankLostError")
+        assert "rank 2" in message
+        assert "the disk is on fire" in message
+
+
+@pytest.mark.parametrize("trouble", [0, 1])
+def test_a_killed_rank_stops_the_other(saved: Path, tmp_path: Path, trouble: int) -> None:
+    """Rank 0 holds the store of the process group, so its death is noticed in another way than that of rank 1."""
+    outcomes = run(saved, tmp_path, 2, trouble, "kill")
+    assert outcomes[trouble].signal == signal.SIGKILL
+    kind, message, *_ = outcomes[1 - trouble].value
+    assert kind == "RankLostError"
+    assert ("rank 1: no sign of life for 3 s" if trouble else "has died") in message
+    assert "Nothing was changed" in message
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("model", "this rank's model has fingerprint sha256:.*, rank 0's sha256:.*; build the same model on all ranks"),
+        ("mapping", "another mapping than rank 0"),
+        ("optimizer", "TypeError"),
+    ],
+)
+def test_ranks_that_disagree_load_nothing(saved: Path, tmp_path: Path, what: str, message: str) -> None:
+    outcomes = run(saved, tmp_path, 2, 1, what)
+    assert outcomes[1].value[0] in ("MappingError", "LoadError")
+    assert re.search(message, outcomes[1].value[1])
+    assert "rank 1: " in outcomes[0].value[1]
+
+
+def test_one_process_needs_no_group(saved: Path) -> None:
+    model = new_model()
+    report = load(model, saved, mapping_of(old_model(), new_model()))
+    assert repr(report) == "DistributedReport(30 entries loaded, 8 converted, 0 missing, 0 unexpected, 24356 bytes read on this rank)"
+
+
+def test_a_time_out_must_be_positive(saved: Path) -> None:
+    with pytest.raises(ValueError, match="timeout must be a positive number of seconds, got 0"):
+        load(new_model(), saved, timeout=0)
+
+
+def test_errors_are_those_that_users_catch() -> None:
+    assert issubclass(RankLostError, LoadError)
+    assert not issubclass(RankLostError, MappingError)

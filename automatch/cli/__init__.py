@@ -14,6 +14,7 @@ OK, REFUSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # name -> module:object. A command's module may import click and the standard library at its top, nothing heavier.
 COMMANDS = {
     "propose": "automatch.cli.propose:propose",
+    "review": "automatch.cli.review:review",
     "apply": "automatch.cli.apply:apply",
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",

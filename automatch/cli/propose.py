@@ -56,7 +56,7 @@ def propose(
         console.note(f"Mapping written to {mapping.save(output)}")
     if html:
         console.note(f"Report written to {mapping.to_html(html)}")
-    ctx.exit(REFUSED if mapping.questions or unfed_keys(mapping.confident(threshold)) else OK)
+    ctx.exit(REFUSED if mapping.questions or unfed_keys(plan_of(mapping, threshold)) else OK)
 
 
 def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:
@@ -68,6 +68,13 @@ def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:
             raise click.BadParameter(f"{pin!r} is not KEY=SOURCE", param_hint="--pin")
         parsed[key] = source or None
     return parsed
+
+
+def plan_of(mapping: KeyMapping, threshold: float) -> KeyMapping:
+    """What would be loaded: decided matches, and sure ones that hang on no open question."""
+    from automatch.refusal import without_open_questions
+
+    return without_open_questions(mapping.confident(threshold))
 
 
 def unfed_keys(mapping: KeyMapping) -> tuple[str, ...]:

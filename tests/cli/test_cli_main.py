@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
 import click
 import pytest
@@ -58,3 +60,15 @@ def test_bad_input_is_a_message_on_stderr_not_a_traceback(folder: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "gone.ckpt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_review_serves_the_page_until_it_is_interrupted(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "automatch", "review", "net.ckpt", "--model", "net.ckpt", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        with build_opener(ProxyHandler({})).open(address, timeout=30) as page:
+            assert b"layers.0.weight" in page.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0

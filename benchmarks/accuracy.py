@@ -53,7 +53,7 @@ class Job:
         order: "file", "sorted", "shuffled" or "generated".
         case: path of a corpus case, or the seed of a generated one.
         tables: file of learnt tables to use in place of the shipped ones; None for those.
-        timeout: seconds.
+        timeout: seconds of processor time.
     """
 
     tool: str
@@ -183,8 +183,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--loo", action="store_true", help="also leave-one-family-out")
     result.add_argument("--generated", type=int, default=0, metavar="N", help="also N random refactorings (generator.py)")
     result.add_argument("--processes", type=int, default=2, help="default 2; 1 runs everything in this process")
-    result.add_argument("--timeout", type=float, default=120, help="seconds per case for automatch (default 120)")
-    result.add_argument("--tool-timeout", type=float, default=20, help="seconds per case for each baseline (default 20)")
+    result.add_argument("--timeout", type=float, default=120, help="processor seconds per case for automatch (default 120)")
+    result.add_argument("--tool-timeout", type=float, default=20, help="processor seconds per case for each baseline (default 20)")
     result.add_argument("--print", action="store_true", dest="only_print", help="print the page, write nothing")
     result.add_argument("--output", type=Path, default=RESULTS / "accuracy.json", help="the .json to write; the .md goes beside it")
     return result

@@ -190,15 +190,18 @@ def as_mapping(pairs: Pairs) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after ``seconds`` (main thread only; C code is interrupted when it returns)."""
+    """Raise `TimeoutError` in the block after ``seconds`` of processor time, so that a busy machine cuts nobody short.
+
+    In the main thread only; C code is interrupted when it returns.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"no answer within {seconds:g} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)

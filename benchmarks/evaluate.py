@@ -22,13 +22,13 @@ FIELDS = {"permute": ("dims",), "slice": ("dim", "start", "length"), "concat": (
 def engine_record(case: Case, order: str, seed: int = 0, timeout: float = 120.0) -> dict[str, Any]:
     """Run `propose_mapping` on a case and judge the answer; an exception or time-out is all missed."""
     model, ckpt = corpus_cases.skeleton(case), corpus_cases.state_dict(case, order, seed)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with baselines.time_limit(timeout):
             mapping = propose_mapping(model, ckpt)
     except Exception as error:
-        return _record(case, None, time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
-    seconds = time.perf_counter() - start
+        return _record(case, None, time.process_time() - start, error=f"{type(error).__name__}: {error}")
+    seconds = time.process_time() - start
     scored = _record(case, _as_scored(mapping.matches), seconds)
     scored["questions"] = len(mapping.questions)
     scored["one_answer"], scored["all_answers"] = _with_answers(case, mapping, scored["perfect"])
@@ -39,13 +39,13 @@ def engine_record(case: Case, order: str, seed: int = 0, timeout: float = 120.0)
 def baseline_record(tool: str, case: Case, order: str, seed: int = 0, timeout: float = 30.0) -> dict[str, Any]:
     """Run one of the `baselines` on a case and judge its answer."""
     entries = corpus_cases.ordered_entries(case, order, seed)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with baselines.time_limit(timeout):
             pairs = baselines.BASELINES[tool](case, entries)
     except (baselines.RefusedError, TimeoutError, RecursionError, MemoryError) as error:
-        return _record(case, None, time.perf_counter() - start, error=f"{type(error).__name__}: {str(error)[:200]}")
-    return _record(case, baselines.as_mapping(pairs), time.perf_counter() - start)
+        return _record(case, None, time.process_time() - start, error=f"{type(error).__name__}: {str(error)[:200]}")
+    return _record(case, baselines.as_mapping(pairs), time.process_time() - start)
 
 
 def _record(case: Case, mapping: Mapping[str, Any] | None, seconds: float, error: str = "") -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""The README is run: its code, its report, its commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import automatch
+from automatch.cli import COMMANDS, EPILOG
+from automatch.demo.after import MedicalSegmentationModel as Refactored
+from automatch.demo.before import MedicalSegmentationModel
+from automatch.demo.other import PatchTransformer
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+REPORT = re.compile(r"<!-- report -->\n```text\n(.*?)```\n<!-- /report -->", re.DOTALL)
+needs_engine = pytest.mark.xfail(strict=False, reason="the placeholder engine is not sure of any of it")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``old.ckpt`` in the current folder: the checkpoint that the README speaks of."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": MedicalSegmentationModel().state_dict()}, "old.ckpt")
+    return "old.ckpt"
+
+
+@needs_engine
+def test_the_code_runs(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"model": Refactored(), "other_model": PatchTransformer()}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "would keep their initial values" in capsys.readouterr().out
+    assert len(names["report"].loaded) == 184
+
+
+@needs_engine
+def test_the_report_is_what_is_printed(old: str, request: pytest.FixtureRequest) -> None:
+    report = automatch.propose_mapping(Refactored(), old).report()
+    text = README.read_text(encoding="utf-8")
+    if request.config.getoption("--overwrite-golden", default=False):
+        text = REPORT.sub(lambda _: f"<!-- report -->\n```text\n{report}```\n<!-- /report -->", text)
+        README.write_text(text, encoding="utf-8")
+    found = REPORT.search(text)
+    assert found is not None
+    assert found[1] == report
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command: str) -> None:
+    assert f"| `automatch {command}" in README.read_text(encoding="utf-8")
+
+
+def test_exit_codes_are_documented() -> None:
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert " ".join(EPILOG.partition(". Reports")[0].split()) in text
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    assert "bash .ci/test\n" in blocks("bash")
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec bash .ci/test")
+
+
+def test_the_files_that_the_documents_link_to_are_there() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{name} links to {target}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from automatch.mapping import CONFIDENT, KeyMapping, Match, Side
@@ -25,26 +24,27 @@ def script_json(data: Any) -> str:
     return text
 
 
-@dataclass
 class _Table:
     """Values written once and named by their position."""
 
-    values: list[Any] = field(default_factory=list[Any])
-    places: dict[str, int] = field(default_factory=dict[str, int])
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[Hashable, int] = {}
 
-    def place(self, value: Any, name: str | None = None) -> int:
-        name = json.dumps(value) if name is None else name
-        if name not in self.places:
-            self.places[name] = len(self.values)
-            self.values.append(value)
-        return self.places[name]
+    def place(self, name: Hashable, value: Callable[[], Any]) -> int:
+        """The position of the value that ``name`` stands for."""
+        found = self._places.get(name)
+        if found is None:
+            found = self._places[name] = len(self.values)
+            self.values.append(value())
+        return found
 
 
 class _Packer:
     def __init__(self, mapping: KeyMapping, view: View) -> None:
         self.mapping, self.view = mapping, view
         self.shapes, self.words, self.transforms = _Table(), _Table(), _Table()
-        named = [pair for match in self._all_matches() for pair in [match.sources]]
+        named = [match.sources for match in self._all_matches()]
         named += [alternative.sources for match in mapping.matches for alternative in match.alternatives]
         source_keys = [*(key for sources in named for key in sources), *mapping.unexpected_keys]
         target_keys = [*(match.target for match in self._all_matches()), *mapping.missing_keys]
@@ -89,16 +89,18 @@ class _Packer:
             "n": side.n_keys,
             "wrapper": list(side.spec.wrapper) if side.spec is not None else None,
             "keys": _front_code(keys),
-            "shape": [self.shapes.place(list(t.shape)) for t in tensors],
-            "dtype": [self.words.place(t.dtype) for t in tensors],
-            "kind": [self.words.place(t.kind) for t in tensors],
-            "owner": [self.words.place(t.owner) for t in tensors],
+            "shape": [self.shapes.place(t.shape, lambda shape=t.shape: list(shape)) for t in tensors],
+            "dtype": [self._word(t.dtype) for t in tensors],
+            "kind": [self._word(t.kind) for t in tensors],
+            "owner": [self._word(t.owner) for t in tensors],
             "alias": {str(i): places.get(t.alias_of, -1) for i, t in enumerate(tensors) if t.alias_of is not None},
         }
 
+    def _word(self, word: str | None) -> int:
+        return self.words.place(word, lambda: word)
+
     def _transform(self, transform: Transform) -> int:
-        data = to_dict(transform)
-        return self.transforms.place([data, transform_text(transform)], json.dumps(data))
+        return self.transforms.place(transform, lambda: [to_dict(transform), transform_text(transform)])
 
     def _places(self, sources: Iterable[str]) -> int | list[int]:
         places = [self.source_places[key] for key in sources]

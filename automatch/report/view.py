@@ -241,9 +241,12 @@ def _measured(evidence: Evidence) -> tuple[tuple[str, float], ...]:
 
 def _shapes(match: Match, mapping: KeyMapping) -> str:
     after = _shape_of(mapping.target, match.target)
+    if len(match.sources) == 1:
+        before = _shape_of(mapping.source, match.sources[0])
+        return after if before == after else f"{before} → {after}"
     befores = Counter(_shape_of(mapping.source, key) for key in match.sources)
     before = " + ".join(f"{n} of {text}" if n > 1 else text for text, n in befores.items())
-    return after if before == after else f"{before} → {after}"
+    return f"{before} → {after}"
 
 
 def _shape_of(side: Side, key: str) -> str:

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and not args.cases:
         data = merged(json.loads(args.output.read_text()), data)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(data, indent=0, ensure_ascii=False) + "\n")
+    args.output.write_text(figures.dumps(data))
     page = figures.markdown(data, baselines.TITLES)
     args.output.with_suffix(".md").write_text(page)
     print(page.split("## Per ")[0])

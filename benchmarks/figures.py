@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +20,10 @@ GOALS = {
     "ece": "<= 0.01",
     "ops_share": ">= 0.99",
 }
+CASE_FIELDS = (
+    *("id", "keys", "right", "wrong", "missed", "exact", "perfect", "one_answer", "all_answers", "questions"),
+    *("confident", "confident_right", "seconds", "error", "faults"),
+)
 COLUMNS = {
     "perfect_share": "perfect",
     "one_answer_share": "perfect, ≤ 1 answer",
@@ -73,6 +79,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
+def dumps(data: Mapping[str, Any]) -> str:
+    """JSON with a line per run and per case, so that a diff shows what has changed."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return re.sub(r'(\{"(?:tool|id)":)', r"\n\1", text) + "\n"
+
+
 def histogram(records: Sequence[Record]) -> list[list[float]]:
     """[confidence to 3 digits, right pairs, pairs] over all records, rising."""
     cells: dict[float, list[int]] = defaultdict(lambda: [0, 0])
@@ -88,7 +100,7 @@ def run_data(tool: str, tables: str, order: str, records: Sequence[Record]) -> d
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record["id"].split("-")[2] if order == "generated" else record["group"]].append(record)
-    dropped = ("histogram", "gaps", "group", "squared_error")
+    kept = CASE_FIELDS if tool == "automatch" else ("id", "right", "wrong", "missed")
     return {
         "tool": tool,
         "tables": tables,
@@ -96,7 +108,7 @@ def run_data(tool: str, tables: str, order: str, records: Sequence[Record]) -> d
         "figures": figures(records),
         "groups": {group: figures(members) for group, members in sorted(groups.items())},
         "histogram": histogram(records),
-        "cases": [{name: value for name, value in record.items() if name not in dropped} for record in records],
+        "cases": [{name: record[name] for name in kept} for record in records],
     }
 
 

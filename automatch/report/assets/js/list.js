@@ -2,6 +2,7 @@
 const OVERSCAN = 6;
 const FIXED_COLUMNS = 300;
 const CHARACTER = 7.6;
+const HEAD = 36;
 const MAX_PRINTED = 3000;
 
 class KeyList {
@@ -50,6 +51,7 @@ class KeyList {
     if (!force && first === this.first && last === this.last) return;
     [this.first, this.last] = [first, last];
     this.sheet.style.height = `${this.entries.length * height}px`;
+    this.port.style.height = this.printing ? "auto" : `min(74vh, 760px, ${Math.max(this.entries.length, 5) * height + HEAD}px)`;
     const shown = [];
     for (let at = first; at < last; at++) shown.push(this.element(at));
     this.sheet.replaceChildren(...shown);

@@ -205,7 +205,7 @@ class Tangle {
     const thickness = Math.min(1.25 + Math.log2(n) * 0.5, 7);
     const band = least >= 0.5 ? "uncertain" : "weak";
     if (open === 0) return [strand("sure", thickness)];
-    return open * 2 > n ? [strand(band, thickness)] : [strand("sure", thickness), strand(band, 1.25)];
+    return open * 2 > n ? [strand(band, thickness)] : [strand("sure mixed", thickness), strand(band, 1.75)];
   }
 
   light(side, at) {

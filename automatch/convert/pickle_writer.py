@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from automatch.errors import CheckpointError
-from automatch.readers._pickle import Attributed, Call, Global, Persistent
+from automatch.readers._pickle_nodes import Attributed, Call, Global, Persistent
 
 _BATCH = 1000
 

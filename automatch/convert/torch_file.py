@@ -17,8 +17,8 @@ from automatch.errors import CheckpointError
 from automatch.mapping import KeyMapping
 from automatch.readers import OpenCheckpoint
 from automatch.readers._dtypes import ITEM_BYTES, TORCH_STORAGES
-from automatch.readers._pickle import Attributed, Call, Global, Persistent
-from automatch.readers._torch import TorchTree, TreeNode, storage_of, walk
+from automatch.readers._pickle_nodes import Attributed, Call, Global, Persistent
+from automatch.readers._torch_tree import TorchTree, TreeNode, storage_of, walk
 from automatch.readers._unwrap import JOINED
 from automatch.readers._zip import ZipEntry
 from automatch.transforms import Copy, to_dict

@@ -16,9 +16,12 @@ from automatch.readers._base import OpenCheckpoint, Region, SourceFile
 from automatch.readers._dtypes import ITEM_BYTES
 from automatch.readers._entries import Wrapper, nest, open_nested
 from automatch.readers._folders import MAX_FILES, inside
+from automatch.readers._hostile import refuse_hostile
 from automatch.readers._limits import MAX_PICKLE_BYTES, check_shape
-from automatch.readers._pickle import Call, Global, read_pickle
-from automatch.readers._torch import refuse_hostile, sizes, tensor_entry
+from automatch.readers._pickle import read_pickle
+from automatch.readers._pickle_nodes import Call, Global
+from automatch.readers._torch import tensor_entry
+from automatch.readers._torch_tree import sizes
 from automatch.specs import StateSpec
 
 MAX_CHUNKS = 1_000_000

@@ -16,6 +16,7 @@ COMMANDS = {
     "propose": "automatch.cli.propose:propose",
     "review": "automatch.cli.review:review",
     "apply": "automatch.cli.apply:apply",
+    "convert-distributed": "automatch.cli.convert_distributed:command",
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",
 }

@@ -6,19 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from automatch.distributed.conversion import ConversionReport, convert
     from automatch.distributed.crew import RankLostError
     from automatch.distributed.loading import DistributedReport, load
     from automatch.distributed.planner import MappedLoadPlanner, WholeRead
 
 _HOME_OF = {
+    "ConversionReport": "conversion",
     "DistributedReport": "loading",
     "MappedLoadPlanner": "planner",
     "RankLostError": "crew",
     "WholeRead": "planner",
+    "convert": "conversion",
     "load": "loading",
 }
 
-__all__ = ["DistributedReport", "MappedLoadPlanner", "RankLostError", "WholeRead", "load"]
+__all__ = ["ConversionReport", "DistributedReport", "MappedLoadPlanner", "RankLostError", "WholeRead", "convert", "load"]
 
 
 def __getattr__(name: str) -> Any:

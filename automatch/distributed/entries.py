@@ -16,7 +16,7 @@ from automatch.errors import LoadError, MappingError
 from automatch.mapping import KeyMapping, Match
 from automatch.transforms import Copy, Transform
 
-_STATE, _GROUPS, _EXTRA = "state", "param_groups", "_extra_state"
+_STATE, _GROUPS, EXTRA = "state", "param_groups", "_extra_state"
 _PREFERRED = ("", "model.", "state_dict.", "module.", "app.model.")
 
 
@@ -171,8 +171,8 @@ class _Follower:
                     return entry
                 if self._owner(rest, self._matches) is not None:
                     return None
-        if key.endswith("." + _EXTRA) and key.startswith(target_prefix):
-            return self._extra(key, key[len(target_prefix) : -len(_EXTRA) - 1])
+        if key.endswith("." + EXTRA) and key.startswith(target_prefix):
+            return self._extra(key, key[len(target_prefix) : -len(EXTRA) - 1])
         return Entry(key, (key,), Copy()) if key in self._stored else None
 
     def _state(self, key: str, prefix: str, rest: str) -> Entry | None:
@@ -228,7 +228,7 @@ class _Follower:
 
     def _extra(self, key: str, module: str) -> Entry | None:
         sources = self._modules.get(module, set())
-        name = f"{self._prefix}{next(iter(sources))}.{_EXTRA}" if len(sources) == 1 else ""
+        name = f"{self._prefix}{next(iter(sources))}.{EXTRA}" if len(sources) == 1 else ""
         return Entry(key, (name,), Copy()) if name in self._stored else None
 
     def _owner(self, rest: str, names: Iterable[str]) -> str | None:

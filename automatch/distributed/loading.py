@@ -121,20 +121,13 @@ class _Options:
 
 
 def _load(crew: Crew, target: Target, path: Path, options: _Options) -> DistributedReport:
-    given = crew.together("reading the mapping", lambda: _given(options.mapping))
+    given = crew.together("reading the mapping", lambda: given_mapping(options.mapping))
     proposed = crew.together("proposing", lambda: _propose(target, path, given, options) if crew.leads else None)
     order: _Order = crew.together("receiving the mapping", lambda: crew.broadcast(proposed and proposed[0]))
     mapping = crew.together("checking the fingerprints", lambda: _checked(order, target, path, given))
     reader = open_reader(path, order.metadata, trust=options.trust)
-    planner = MappedLoadPlanner(
-        mapping,
-        groups=order.groups,
-        source_prefix=order.source_prefix,
-        allow_partial_load=True,
-        trust=options.trust,
-        on_read=lambda _: crew.advance(),
-    )
-    entries = find_entries(mapping, target.flat, order.metadata, order.groups, order.source_prefix)
+    entries = crew.together("planning", lambda: find_entries(mapping, target.flat, order.metadata, order.groups, order.source_prefix))
+    planner = MappedLoadPlanner(mapping, entries=entries, allow_partial_load=True, trust=options.trust, on_read=lambda _: crew.advance())
     staged = crew.together("reading", lambda: _read(target, entries, planner, reader, options))
     if crew.leads:
         _say_what_is_whole(planner.whole_reads)
@@ -153,7 +146,8 @@ def _load(crew: Crew, target: Target, path: Path, options: _Options) -> Distribu
     )
 
 
-def _given(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMapping | None:
+def given_mapping(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMapping | None:
+    """A mapping, or that of a file."""
     return mapping if isinstance(mapping, KeyMapping) or mapping is None else KeyMapping.load(Path(mapping))
 
 

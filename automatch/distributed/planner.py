@@ -77,7 +77,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     Args:
         mapping: which keys of the checkpoint feed which keys of the state_dict.
         groups: parameter group of the optimizer to the one of the checkpoint whose settings it takes.
-        source_prefix: what stands before the mapping's keys in the checkpoint, e.g. ``"model."``; None finds it.
+        entries: what feeds each entry, where it has been found already.
         allow_partial_load: leave entries that nothing feeds as they are; otherwise they are an error.
         trust: allow non-tensor entries to execute code while they are unpickled.
         on_read: called with the bytes of each tensor slice that has been read; may raise to stop the load.
@@ -91,15 +91,14 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         mapping: KeyMapping,
         *,
         groups: Mapping[int, int] | None = None,
-        source_prefix: str | None = None,
+        entries: Entries | None = None,
         allow_partial_load: bool = False,
         trust: bool = False,
         on_read: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
         self._mapping, self._groups, self._trust, self._on_read = mapping, groups, trust, on_read
-        self._source_prefix = source_prefix
-        self._entries: Entries | None = None
+        self._entries = entries
         self._reads: list[tuple[_Part | _Whole | str, int]] = []
         self.whole_reads: list[WholeRead] = []
         self.bytes_planned = 0
@@ -116,7 +115,8 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         if metadata is None:
             raise LoadError("a checkpoint without metadata cannot be loaded with other keys")
-        self._entries = find_entries(self._mapping, self.state_dict, metadata, self._groups, self._source_prefix)
+        if self._entries is None:
+            self._entries = find_entries(self._mapping, self.state_dict, metadata, self._groups)
         if self._entries.missing and not self.allow_partial_load:
             shown = ", ".join(map(repr, self._entries.missing[:5]))
             raise LoadError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,14 @@ class _ObjectPlanner(DefaultLoadPlanner):
             raise UnsafeCheckpointError(f"entry {key!r} was not read: {error}; pass trust=True if you know who wrote it") from error
 
 
+def read_objects(reader: Reader, keys: Sequence[str], *, trust: bool = False) -> dict[str, Any]:
+    """Unpickle non-tensor entries, by their flat keys; nothing is executed unless ``trust`` is set."""
+    objects: dict[str, Any] = dict.fromkeys(keys)
+    if objects:
+        dcp_load(objects, reader, _ObjectPlanner(trust))
+    return objects
+
+
 def match_groups(mapping: KeyMapping, target: Mapping[str, Any], reader: Reader, *, trust: bool = False) -> dict[int, int] | None:
     """For each parameter group of the target's optimizer, the checkpoint's group that holds its parameters' sources.
 
@@ -114,8 +122,7 @@ def match_groups(mapping: KeyMapping, target: Mapping[str, Any], reader: Reader,
     theirs = _group_keys(reader.read_metadata().state_dict_metadata)
     if not own or not theirs:
         return None
-    lists: dict[str, Any] = dict.fromkeys(theirs.values())
-    dcp_load(lists, reader, _ObjectPlanner(trust))
+    lists = read_objects(reader, list(theirs.values()), trust=trust)
     home = {key: number for number, name in theirs.items() for key in lists[name]}
     groups: dict[int, int] = {}
     for number, name in own.items():

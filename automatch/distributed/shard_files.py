@@ -1,0 +1,181 @@
+"""The files of a conversion: written under another name, recorded when they are on the disk, and named at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo, _StoragePrefix  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from automatch.distributed.shards import Format, Plan
+from automatch.distributed.storage import INDEX
+from automatch.errors import CheckpointError
+from automatch.files import write_atomically
+
+_RECORDS, _PLAN = ".automatch", "plan.json"
+
+
+class ShardFiles:
+    """The output directory of a conversion, under its working name until it is complete.
+
+    Args:
+        out: the directory.
+        to: its format.
+    """
+
+    def __init__(self, out: Path, to: Format) -> None:
+        self.out = out
+        self.format: Format = to
+        self.work = out.with_name(out.name + ".incomplete")
+        self._records = self.work / _RECORDS
+
+    def refuse_existing(self) -> None:
+        """Make sure that nothing is overwritten.
+
+        Raises:
+            CheckpointError: the output exists.
+        """
+        if (self.out / _RECORDS).is_dir():  # the last run ended between naming the directory and clearing its records
+            shutil.rmtree(self.out / _RECORDS)
+        if self.out.exists():
+            raise CheckpointError(f"{str(self.out)!r} exists; name a new directory")
+        if not self.out.parent.is_dir():
+            raise CheckpointError(f"{str(self.out.parent)!r} is not a directory; create it first")
+
+    def begin(self, plan: Plan) -> frozenset[int]:
+        """Prepare the working directory; which shards an earlier run of the same conversion has completed.
+
+        Raises:
+            CheckpointError: it holds another conversion.
+        """
+        note = self._records / _PLAN
+        if self.work.exists():
+            known = _read_json(note)
+            if known is None or known.get("plan") != plan.digest:
+                raise CheckpointError(f"{str(self.work)!r} holds an unfinished conversion of something else; finish that one or remove it")
+        else:
+            self._records.mkdir(parents=True)
+            write_atomically(note, json.dumps({"plan": plan.digest}).encode())
+        done = frozenset(shard for shard in range(len(plan.shards)) if self._is_done(shard, plan))
+        kept = {self._name(shard, plan) for shard in done}
+        for file in self.work.iterdir():
+            if file.is_file() and file.name not in kept:
+                file.unlink()
+        return done
+
+    def write(self, plan: Plan, shard: int, state: Mapping[str, Any]) -> None:
+        """Write one shard, bring it to the disk, and record it."""
+        path = self.work / self._name(shard, plan)
+        infos: list[list[Any]] = []
+        if self.format == "safetensors":
+            temporary = path.with_name(f".{path.name}.tmp")
+            save_file(dict(state), temporary, metadata={"format": "pt"})
+            _sync(temporary)
+            temporary.replace(path)
+        else:
+            infos = [[r.index.fqn, r.storage_data.offset, r.storage_data.length] for r in self._write_dcp(shard, state)]
+        _sync(self.work)
+        record = {"file": path.name, "size": path.stat().st_size, "infos": infos}
+        write_atomically(self._records / f"{shard}.json", json.dumps(record).encode())
+
+    def finish(self, plan: Plan) -> None:
+        """Write what joins the shards, and give the directory its name."""
+        if self.format == "safetensors":
+            self._write_index(plan)
+        else:
+            self._write_metadata(plan)
+        _sync(self.work)
+        self.work.rename(self.out)
+        _sync(self.out.parent)
+        shutil.rmtree(self.out / _RECORDS)
+
+    # ---- safetensors --------------------------------------------------------------------------------------
+
+    def _name(self, shard: int, plan: Plan) -> str:
+        if self.format == "dcp":
+            return f"__{shard}_0.distcp"
+        count = len(plan.shards)
+        return "model.safetensors" if count == 1 else f"model-{shard + 1:05}-of-{count:05}.safetensors"
+
+    def _write_index(self, plan: Plan) -> None:
+        if len(plan.shards) == 1:
+            return
+        names = {output.key: self._name(i, plan) for i, shard in enumerate(plan.shards) for output in shard}
+        total = sum(plan.nbytes(shard) for shard in range(len(plan.shards)))
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2)
+        write_atomically(self.work / INDEX, text.encode())
+
+    # ---- torch.distributed.checkpoint -----------------------------------------------------------------------
+
+    def _writer(self) -> FileSystemWriter:
+        return FileSystemWriter(self.work, single_file_per_rank=True, sync_files=True, thread_count=1)
+
+    def _write_dcp(self, shard: int, state: Mapping[str, Any]) -> list[WriteResult]:
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        planner.set_up_planner(dict(state), is_coordinator=True)
+        plan = planner.create_local_plan()
+        writer = self._writer()
+        writer.set_up_storage_writer(is_coordinator=True)
+        written = writer.write_data(replace(plan, storage_data=_StoragePrefix(f"__{shard}_")), planner)
+        return list(written.value())
+
+    def _write_metadata(self, plan: Plan) -> None:
+        results: list[WriteResult] = []
+        described: dict[str, Any] = {}
+        for shard, outputs in enumerate(plan.shards):
+            record = _read_json(self._records / f"{shard}.json")
+            assert record is not None
+            places = {key: _StorageInfo(record["file"], offset, length) for key, offset, length in record["infos"]}
+            for output in outputs:
+                index = MetadataIndex(output.key)
+                described[output.key] = BytesStorageMetadata()
+                if output.shape is not None and output.dtype is not None:
+                    size, zeros = torch.Size(output.shape), torch.Size([0] * len(output.shape))
+                    index = MetadataIndex(output.key, zeros, 0)
+                    described[output.key] = TensorStorageMetadata(TensorProperties(output.dtype), size, [ChunkStorageMetadata(zeros, size)])
+                place = places[output.key]
+                results.append(WriteResult(index=index, size_in_bytes=place.length, storage_data=place))
+        paths = {output.key: output.path for outputs in plan.shards for output in outputs}
+        writer = self._writer()
+        writer.set_up_storage_writer(is_coordinator=True)
+        writer.finish(Metadata(described, planner_data=paths), [results])
+
+    # ---- records ------------------------------------------------------------------------------------------
+
+    def _is_done(self, shard: int, plan: Plan) -> bool:
+        record = _read_json(self._records / f"{shard}.json")
+        path = self.work / self._name(shard, plan)
+        return record is not None and record.get("file") == path.name and path.is_file() and path.stat().st_size == record.get("size")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""Converting with several ranks: equal values under new keys, and a killed run that is taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sharded_models import New, Old, expected, mapping_of, matches, new_model, old_model, split_back
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from worlds import run_ranks, save_alone, values
+
+import automatch.distributed.shard_files
+from automatch.cli import main
+from automatch.cli.convert_distributed import size
+from automatch.distributed import convert, load
+from automatch.distributed.shards import assign
+from automatch.errors import CheckpointError, MappingError
+from automatch.transforms import apply_transform
+
+pytestmark = pytest.mark.distributed
+LIMIT = 3000  # bytes: small files, so that there are many
+
+
+def trained_old() -> tuple[Old, torch.optim.Optimizer]:
+    model = old_model()
+    optimizer = torch.optim.AdamW(
+        [{"params": [*model.head.parameters()], "lr": 0.5}, {"params": [p for n, p in model.named_parameters() if "head" not in n]}]
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randint(0, 13, (4, 5))).pow(2).mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, optimizer = trained_old()
+    state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+    return save_alone(state | {"epoch": 3}, tmp_path_factory.mktemp("trained") / "old")
+
+
+@pytest.fixture(scope="module")
+def old_state(trained: Path) -> dict[str, torch.Tensor]:
+    model = old_model()
+    load(model, trained, mapping_of(Old(), Old(), [replace(m, target=m.sources[0]) for m in identity_matches()]))
+    return dict(model.state_dict())
+
+
+def identity_matches() -> list[Any]:
+    from automatch.mapping import Match
+
+    return [Match(key, (key,)) for key in Old().state_dict()]
+
+
+def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None) -> Any:
+    """Convert; rank ``victim`` kills itself when it is to write its third file."""
+    if rank == victim:
+        write, count = automatch.distributed.shard_files.ShardFiles.write, 0
+
+        def dying_write(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*args)
+
+        automatch.distributed.shard_files.ShardFiles.write = dying_write  # type: ignore[method-assign]
+    seen: list[tuple[int, int]] = []
+    mapping = mapping_of(Old(), New())
+    report = convert(
+        source,
+        out,
+        mapping,
+        to=to,
+        max_shard_bytes=LIMIT,
+        timeout=3 if victim is not None else 30,
+        progress=lambda *done: seen.append(done),
+    )
+    return report, seen
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: load_file(folder / name) for name in set(names.values())}
+    return {key: files[name][key] for key, name in names.items()}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir() if file.is_file()}
+
+
+def test_a_dcp_directory_becomes_a_folder(trained: Path, old_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    (report, seen), (other, unseen) = values(run_ranks(2, convert_some, tmp_path, trained, tmp_path / "hf", "safetensors", None))
+    assert report == other
+    assert report.n_tensors == len(New().state_dict())
+    assert seen[-1][1] == report.n_bytes
+    assert unseen == []
+    assert "epoch" in report.left_out
+    got = read_folder(tmp_path / "hf")
+    for match in matches():
+        assert torch.equal(got[match.target], apply_transform(match.transform, [old_state[key] for key in match.sources])), match.target
+    for name in (tmp_path / "hf").glob("*.safetensors"):
+        with safe_open(name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_killed_conversion_is_taken_up_where_it_stopped(trained: Path, tmp_path: Path) -> None:
+    before, out, work = contents(trained), tmp_path / "hf", tmp_path / "hf.incomplete"
+    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", 1, limit=60)
+    assert outcomes[1].signal == signal.SIGKILL
+    assert outcomes[0].error is not None
+    assert outcomes[0].error.startswith("RankLostError: ")
+    assert not out.exists()
+    kept = contents(work)
+    assert kept
+    (work / "model-00099-of-00099.safetensors").write_bytes(b"half a file")
+    results = values(run_ranks(4, convert_some, tmp_path, trained, out, "safetensors", None))
+    assert results[0][0].n_reused == len(kept)
+    after = contents(out)
+    assert {name: after[name] for name in kept} == kept, "complete shards were written again"
+    assert contents(trained) == before
+    assert len(read_folder(out)) == len(New().state_dict())
+    assert not work.exists()
+
+
+def test_a_dcp_directory_keeps_optimizer_and_objects(trained: Path, tmp_path: Path) -> None:
+    values(run_ranks(2, convert_some, tmp_path, trained, tmp_path / "dcp", "dcp", None))
+    model = new_model()
+    optimizer = torch.optim.AdamW(
+        [{"params": [*model.lm_head.parameters()]}, {"params": [p for n, p in model.named_parameters() if "lm_head" not in n]}]
+    )
+    state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)) | {"epoch": 0}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(state, checkpoint_id=tmp_path / "dcp")  # torch reads it as one of its own
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    assert state["epoch"] == 3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
+    reference = new_model()
+    again = torch.optim.AdamW(
+        [{"params": [*reference.lm_head.parameters()]}, {"params": [p for n, p in reference.named_parameters() if "lm_head" not in n]}]
+    )
+    load(reference, trained, mapping_of(Old(), New()), optimizer=again)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(optimizer.state[a]["exp_avg"], again.state[b]["exp_avg"]), name
+
+
+def test_a_folder_becomes_a_dcp_directory_and_returns(tmp_path: Path) -> None:
+    state = dict(old_model().state_dict())
+    (tmp_path / "hf").mkdir()
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    forth = convert(tmp_path / "hf", tmp_path / "dcp", mapping_of(Old(), New()), to="dcp", max_shard_bytes=LIMIT)
+    back = convert(tmp_path / "dcp", tmp_path / "again", mapping_of(New(), Old(), split_back()))
+    assert (forth.n_shards > 3, back.n_shards) == (True, 1)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(again[key], value), key
+    assert expected(old_model()).keys() == {match.target for match in matches()}
+
+
+def test_keys_stay_without_a_mapping(trained: Path, old_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    convert(trained, tmp_path / "same")
+    got = load_file(tmp_path / "same" / "model.safetensors")
+    assert got.keys() == old_state.keys()
+
+
+def test_what_exists_is_not_overwritten(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="out' exists; name a new directory"):
+        convert(trained, tmp_path / "out")
+    (tmp_path / "other.incomplete").mkdir()
+    with pytest.raises(CheckpointError, match="unfinished conversion of something else"):
+        convert(trained, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="is not a directory; create it first"):
+        convert(trained, tmp_path / "nowhere" / "out")
+    with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
+        convert(trained, tmp_path / "zero", max_shard_bytes=0)
+
+
+def test_a_mapping_for_another_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(MappingError, match="is not a key of the checkpoint"):
+        convert(trained, tmp_path / "out", mapping_of(New(), Old(), split_back()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_is_split_by_bytes() -> None:
+    assert assign({0: 5, 1: 3, 2: 3, 3: 1}, 2) == [[0, 3], [1, 2]]
+    assert assign({}, 3) == [[], [], []]
+
+
+def test_torchrun_speaks_with_one_voice(trained: Path, tmp_path: Path) -> None:
+    mapping = mapping_of(Old(), New()).save(tmp_path / "mapping.json")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "automatch", "convert-distributed"]
+    arguments = [str(trained), "--mapping", str(mapping), "-o", str(tmp_path / "out"), "--max-shard-size", "3kB"]
+    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "30 tensors, 24,356 bytes in" in done.stdout
+    assert done.stderr.count("Note: ") == 1
+
+
+def command_line(rank: int, *arguments: str) -> tuple[int, str, str]:
+    os.environ["RANK"] = str(rank)
+    done = CliRunner().invoke(main, ["convert-distributed", *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_errors_are_said_once(trained: Path, tmp_path: Path) -> None:
+    first, second = values(run_ranks(2, command_line, tmp_path, str(trained), "-o", str(tmp_path)))
+    assert first[:2] == (2, "")
+    assert "exists; name a new directory" in first[2]
+    assert second == (1, "", "")
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("7", 7), ("1.5kB", 1500), ("2GiB", 2**31), ("3 M", 3 * 10**6)])
+def test_sizes(text: str, wanted: int) -> None:
+    assert size(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "2TB", "1i"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="500MB or 2GiB"):
+        size(text)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from automatch.apply import convert, open_source
 from automatch.errors import ModelError
+from automatch.mapped import MappedCheckpoint
 from automatch.mapping import CONFIDENT, KeyMapping
-from automatch.matching import Pins
 from automatch.planning import LoadPlan, MappingLike, plan_load
 from automatch.prepare import cast_warnings, prepare_state
 from automatch.readers import Checkpoint
@@ -18,6 +18,8 @@ from automatch.transforms import Copy
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from automatch.matching import Pins
 
 
 class LoadReport(NamedTuple):
@@ -86,12 +88,15 @@ def load(
     if not hasattr(model, "load_state_dict") or not hasattr(model, "named_modules"):
         raise ModelError(f"load needs an nn.Module, got {type(model).__name__}; for a state_dict use mapping.apply(ckpt)")
     plan = plan_load(model, ckpt, mapping=mapping, threshold=threshold, strict=strict, pins=pins, trust=trust, adapt=adapt)
-    with open_source(plan.whole, ckpt, trust=trust) as checkpoint:
+    with open_source(plan.whole, ckpt, trust=trust) as opened, MappedCheckpoint(opened) as checkpoint:
         prepared = values_of(plan, model, checkpoint)
         notes = cast_warnings(model, prepared)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            checkpoint.bring_in()
         from automatch.atomic import replace_values
 
         replace_values(model, prepared)
+        del prepared
     return report_of(plan, model, notes)
 
 

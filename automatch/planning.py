@@ -12,12 +12,13 @@ from automatch.adapt import pins_to_adapt, plan_adaptations
 from automatch.apply import check_side
 from automatch.errors import LoadError
 from automatch.mapping import CONFIDENT, KeyMapping, Side
-from automatch.matching import Pins, propose_mapping
 from automatch.refusal import explain_refusal, fed_keys, needed_keys, without_open_questions
 from automatch.specs import StateSpec, spec_of_model
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from automatch.matching import Pins
 
 MappingLike = KeyMapping | str | os.PathLike[str]
 
@@ -83,6 +84,8 @@ def plan_load(
 
 def _mapping_for(target: StateSpec, ckpt: Any, mapping: MappingLike | None, pins: Mapping[str, Any], trust: bool) -> KeyMapping:
     if mapping is None:
+        from automatch.matching import propose_mapping  # scipy and rapidfuzz come with it
+
         return propose_mapping(target, ckpt, pins=pins, trust=trust)
     if not isinstance(mapping, KeyMapping):
         mapping = KeyMapping.load(Path(mapping))

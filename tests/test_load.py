@@ -3,12 +3,14 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from handmade import assert_unchanged, mapping_of, snapshot_of
 from torch import nn
 
 import automatch
-from automatch.errors import AutomatchError, LoadError, MappingError, ModelError
+from automatch.errors import AutomatchError, CheckpointError, LoadError, MappingError, ModelError
+from automatch.mapped import MappedCheckpoint
 from automatch.mapping import Match, Option, Question
 from automatch.specs import spec_of_state_dict
 from automatch.transforms import Concat, Slice
@@ -335,3 +337,48 @@ def test_meta_checkpoints_have_nothing_to_load(model, ckpt):
 def test_loaded_models_still_pickle(model, ckpt):
     automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, KEYS))
     assert torch.equal(pickle.loads(pickle.dumps(model)).codes, ckpt["codebook"])
+
+
+@pytest.fixture(params=["pt", "safetensors"])
+def large(request, tmp_path):
+    """A file whose weight is large enough to be mapped, a linear layer to load it into, and the mapping."""
+    values = {"w": torch.randn(300, 200), "b": torch.randn(300)}
+    path = tmp_path / f"large.{request.param}"
+    torch.save(values, path) if request.param == "pt" else safetensors.torch.save_file(values, path)
+    return path, values, {"weight": "w", "bias": "b"}
+
+
+def test_large_tensors_are_read_from_the_files_own_pages(large):
+    path, values, feeds = large
+    before = path.read_bytes()
+    model = nn.Linear(200, 300)
+    automatch.load(model, path, mapping=mapping_of(model, path, feeds))
+    assert torch.equal(model.weight, values["w"])
+    assert torch.equal(model.bias, values["b"])
+    with torch.device("meta"):
+        taken_over = nn.Linear(200, 300)
+    automatch.load(taken_over, path, mapping=mapping_of(taken_over, path, feeds))
+    assert torch.equal(taken_over.weight, values["w"])
+    with torch.no_grad():
+        taken_over.weight.zero_()
+    taken_over(torch.ones(1, 200)).sum().backward()
+    torch.optim.SGD(taken_over.parameters(), lr=0.1).step()
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_refused(large, monkeypatch):
+    path, _, feeds = large
+    model = nn.Linear(200, 300)
+    mapping = mapping_of(model, path, feeds)
+    before = snapshot_of(model)
+    bring_in = MappedCheckpoint.bring_in
+
+    def changing(self):
+        with path.open("ab") as file:
+            file.write(b"more")
+        bring_in(self)
+
+    monkeypatch.setattr(MappedCheckpoint, "bring_in", changing)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        automatch.load(model, path, mapping=mapping)
+    assert_unchanged(model, before)

@@ -16,13 +16,14 @@ from automatch.apply import open_source
 from automatch.errors import LoadError, MissingExtraError
 from automatch.load import LoadReport, report_of, values_of
 from automatch.mapping import CONFIDENT
-from automatch.matching import Pins
 from automatch.optimizer import remap_optimizer_state
 from automatch.planning import LoadPlan, MappingLike, plan_load
 from automatch.training import complete_state, remap_copies
 
 if TYPE_CHECKING:
     import torch
+
+    from automatch.matching import Pins
 
 Checkpoint = dict[str, Any]
 

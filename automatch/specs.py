@@ -133,10 +133,10 @@ def spec_of_model(model: torch.nn.Module, *, origin: str | None = None) -> State
     first: dict[int, str] = {}
     tensors: list[TensorSpec] = []
     for key, value in model.state_dict(keep_vars=True).items():
-        if not is_tensor(value):  # get_extra_state() may return anything
-            continue
         if _is_lazy(value):
             raise ModelError(f"parameter {key!r} is not initialised yet (lazy module); run one batch through the model first")
+        if not is_tensor(value):  # get_extra_state() may return anything
+            continue
         alias = first.setdefault(id(value), key)
         tensors.append(
             TensorSpec(

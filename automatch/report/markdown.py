@@ -65,7 +65,8 @@ def _questions(view: View) -> list[str]:
     for question in view.questions:
         lines = [f"- {code(question.id)} {plain(question.text)}"]
         for position, option in enumerate(question.options):
-            lines.append(f"  - {position}: {plain(option.label)} ({plain(option.confidence)}), e.g. {code(option.example)}")
+            sure = f" ({plain(option.confidence)})" if option.confidence else ""
+            lines.append(f"  - {position}: {plain(option.label)}{sure}, e.g. {code(option.example)}")
         blocks.append("\n".join(lines))
     return blocks
 

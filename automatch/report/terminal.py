@@ -132,7 +132,7 @@ def _questions(view: View) -> Iterator[RenderableType]:
 def _question(question: QuestionView) -> Iterator[RenderableType]:
     yield _line((f"  {question.id}  ", "bold"), question.text)
     for position, option in enumerate(question.options):
-        yield _line(f"      {position}  ", option.label, f"  ({option.confidence})")
+        yield _line(f"      {position}  ", option.label, f"  ({option.confidence})" if option.confidence else "")
         yield _line("         e.g. ", option.example)
 
 

@@ -11,10 +11,11 @@ from automatch.mapping import CONFIDENT, Evidence, KeyMapping, Match, Question, 
 from automatch.report.collapse import collapse
 from automatch.report.groups import Group, group_by_rule, group_by_template
 from automatch.report.leftovers import Leftover, missing_leftovers, unexpected_leftovers
-from automatch.report.wording import count, invents_values, percent, shape_text, short, transform_text, visible
+from automatch.report.wording import count, invents_values, percent, shape_text, short, transform_text
 
 Band = Literal["decided", "sure", "uncertain", "weak"]
 DOUBTFUL = 0.5
+MAX_TEXT = 1000
 TITLES = {
     "same": "Same keys",
     "renamed": "Renamed",
@@ -60,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class OptionView:
-    """One answer, with the first of its pairs as an example."""
+    """One answer, its confidence (empty where nobody gave one), and the first of its pairs as an example."""
 
     label: str
     confidence: str
@@ -176,9 +177,9 @@ def build_view(mapping: KeyMapping) -> View:
     kind = verdict.kind if verdict else "unknown"
     return View(
         title=TITLES[kind] if verdict else "Mapping",
-        headline=visible(verdict.text) if verdict else f"{len(rows):,} of {count(mapping.target.n_keys, 'model key')} are fed.",
+        headline=short(verdict.text, MAX_TEXT) if verdict else f"{len(rows):,} of {count(mapping.target.n_keys, 'model key')} are fed.",
         kind=kind,
-        causes=tuple(visible(cause) for cause in verdict.causes) if verdict else (),
+        causes=tuple(short(cause, MAX_TEXT) for cause in verdict.causes) if verdict else (),
         source=short(mapping.source.origin or "checkpoint", 160),
         target=short(mapping.target.origin or "model", 160),
         n_target=mapping.target.n_keys,
@@ -190,7 +191,7 @@ def build_view(mapping: KeyMapping) -> View:
         missing=missing,
         unexpected=unexpected,
         bins=_bins(rows),
-        warnings=tuple(visible(warning) for warning in mapping.warnings),
+        warnings=tuple(short(warning, MAX_TEXT) for warning in mapping.warnings),
         next_step=_next_step(mapping, rows, missing),
     )
 
@@ -255,11 +256,15 @@ def _shape_of(side: Side, key: str) -> str:
 
 def _question(question: Question) -> QuestionView:
     options = tuple(
-        OptionView(visible(option.label), percent(option.confidence), _example(option.matches[0]) if option.matches else "feeds nothing")
+        OptionView(
+            short(option.label, MAX_TEXT),
+            percent(option.confidence) if option.confidence else "",
+            _example(option.matches[0]) if option.matches else "feeds nothing",
+        )
         for option in question.options
     )
     keys = tuple(group.template for group in collapse(question.keys))
-    return QuestionView(visible(question.id), visible(question.text), len(question.keys), keys, options)
+    return QuestionView(short(question.id, 60), short(question.text, MAX_TEXT), len(question.keys), keys, options)
 
 
 def _example(match: Match) -> str:

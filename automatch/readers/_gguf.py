@@ -37,12 +37,14 @@ class QuantisedEntry:
     dtype: str = "float32"
 
     def read(self) -> Any:
+        import numpy as np
         import torch
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         data = self.file.read(self.offset, self.nbytes).reshape(quant_shape_to_byte_shape(self.shape, self.kind))
         try:
-            return torch.from_numpy(dequantize(data, self.kind)).reshape(self.shape)
+            with np.errstate(all="ignore"):  # a scale may be infinite, as any float may
+                return torch.from_numpy(dequantize(data, self.kind)).reshape(self.shape)
         except NotImplementedError as error:
             raise CheckpointError(f"the gguf package cannot decode {self.kind.name}; convert {self.file.path} to F16") from error
 

@@ -16,6 +16,7 @@ from automatch.errors import CheckpointError
 
 MAX_TENSORS = 500_000
 MAX_JSON_BYTES = 100_000_000
+MAX_JSON_VALUES = 8_000_000
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_PICKLE_OPCODES = 20_000_000
 MAX_ZIP_DIRECTORY_BYTES = 64 * 2**20
@@ -89,7 +90,9 @@ def parse_json(data: bytes | bytearray, origin: str) -> dict[str, Any]:
     """
     if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(f"the JSON of {origin} has {len(data)} bytes; at most {MAX_JSON_BYTES} are read")
-    check_count(data.count(b'":{') // 2, origin)
+    values = data.count(b",") + data.count(b":")
+    if values > MAX_JSON_VALUES:
+        raise CheckpointError(f"the JSON of {origin} holds some {values} values; at most {MAX_JSON_VALUES} are read")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)

@@ -4,10 +4,13 @@ Not a test: it needs packages that the tests do not. To write them again::
 
     python -m venv .formats && .formats/bin/pip install flax keras gguf
     KERAS_BACKEND=jax .formats/bin/python tests/readers/make_files.py
+
+and, with torch instead of those packages: ``python tests/readers/make_files.py distributed``.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +79,26 @@ def write_gguf() -> None:
     writer.close()
 
 
+def write_distributed(rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29617", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = distribute_tensor(torch.arange(1.0, 15.0).reshape(7, 2), mesh, [Shard(0)])
+    dcp.save({"sharded": sharded, "whole": torch.arange(1.0, 4.0)}, checkpoint_id=DATA / "dcp_two_ranks")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
+    if "distributed" in sys.argv:
+        import torch.multiprocessing
+
+        torch.multiprocessing.spawn(write_distributed, nprocs=2)
+        sys.exit()
     write_gguf()
     write_keras()
     write_flax()

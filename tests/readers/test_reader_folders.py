@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import nn
+
+from automatch import CheckpointError, UnsafeCheckpointError, open_checkpoint
+from automatch.specs import spec_of_model
+
+DATA = Path(__file__).with_name("data")
+
+
+def layers(*names: str) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.randn(3, 2) for name in names}
+
+
+def write_shards(folder, suffix: str = "safetensors"):
+    """Two shards and an index, as Hugging Face libraries lay them out."""
+    parts = [layers("z", "b"), layers("a", "c")]
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
+    weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 96}, "weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    return index, parts[0] | parts[1], names
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_behind_an_index(tmp_path, suffix):
+    index, state, _ = write_shards(tmp_path, suffix)
+    for path in (index, tmp_path):
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.spec.keys == tuple(state)
+            assert all(torch.equal(checkpoint.tensor(key), value) for key, value in state.items())
+
+
+def test_a_model_folder_prefers_safetensors_and_ignores_what_lies_beside(tmp_path):
+    save_file(layers("safe"), tmp_path / "model.safetensors")
+    torch.save(layers("bin"), tmp_path / "pytorch_model.bin")
+    torch.save({"lr": 1}, tmp_path / "training_args.bin")
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
+    assert open_checkpoint(tmp_path).spec.keys == ("safe.weight",)
+    (tmp_path / "model.safetensors").unlink()
+    assert open_checkpoint(tmp_path).spec.keys == ("bin.weight",)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "epoch3.pt")
+    assert open_checkpoint(tmp_path).spec.keys == ("bin.weight",)
+
+
+def test_several_checkpoints_in_a_folder_are_a_question_not_a_guess(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save(layers(name), tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"several checkpoints: 'a\.pt', 'b\.pt'; pass one of them"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_key_that_the_index_leaves_out_is_said(tmp_path):
+    index, state, names = write_shards(tmp_path)
+    data = json.loads(index.read_text())
+    del data["weight_map"]["c.weight"]
+    index.write_text(json.dumps(data))
+    spec = open_checkpoint(index).spec
+    assert set(spec.keys) == set(state) - {"c.weight"}
+    assert spec.notes == (f"the index does not list 1 keys of '{names[1]}', e.g. 'c.weight'; they are left out",)
+
+
+def change(index, **weight_map):
+    data = json.loads(index.read_text())
+    data["weight_map"] |= {key.replace("_", "."): name for key, name in weight_map.items()}
+    index.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../outside.safetensors", "a/../../outside.safetensors", "..\\outside", "", "a\0b", "x" * 5000]
+)
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
+    (tmp_path / "m").mkdir()
+    save_file(layers("evil"), tmp_path / "outside.safetensors")
+    index, _, _ = write_shards(tmp_path / "m")
+    change(index, evil_weight=name)
+    with pytest.raises(CheckpointError, match="does not lie in its own folder"):
+        open_checkpoint(index)
+
+
+def test_a_link_out_of_the_folder_is_refused_but_the_hub_cache_is_read(tmp_path):
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs = tmp_path / "models--x" / "blobs"
+    blobs.mkdir()
+    index, state, names = write_shards(snapshot)
+    shutil.move(snapshot / names[0], blobs / "0123")
+    (snapshot / names[0]).symlink_to("../../blobs/0123")
+    assert open_checkpoint(index).spec.keys == tuple(state)
+    shutil.move(blobs / "0123", tmp_path / "elsewhere")
+    (snapshot / names[0]).unlink()
+    (snapshot / names[0]).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="a link out of its own folder"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "valid JSON"),
+        ("[]", "not an object"),
+        ("{}", 'no "weight_map"'),
+        ('{"weight_map": {}}', 'no "weight_map"'),
+        ('{"weight_map": {"a": 3}}', "something else than text"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "'a' stands twice"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "No such file"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_damaged_index_is_one_clear_error(tmp_path, text, words):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_a_key_that_is_not_in_its_shard_is_named(tmp_path):
+    index, _, names = write_shards(tmp_path)
+    change(index, ghost_weight=names[0])
+    with pytest.raises(CheckpointError, match=r"says that 'ghost\.weight' lies in"):
+        open_checkpoint(index)
+
+
+# ---- trainers' folders ----------------------------------------------------------------------------
+
+
+def test_deepspeed_folders(tmp_path):
+    """The layout of `DeepSpeedEngine.save_checkpoint`, also through Lightning, without partitioned weights."""
+    model = nn.Linear(3, 2)
+    folder = tmp_path / "last.ckpt"
+    (folder / "checkpoint").mkdir(parents=True)
+    content = {"module": model.state_dict(), "optimizer": None, "global_steps": 3, "ds_version": "0.14"}
+    torch.save(content, folder / "checkpoint" / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": {}}, folder / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (folder / "latest").write_text("checkpoint")
+    with open_checkpoint(folder, like=spec_of_model(model)) as checkpoint:
+        assert checkpoint.spec.wrapper == ("module",)
+        assert torch.equal(checkpoint.tensor("weight"), model.weight)
+    for rank in (0, 1):
+        torch.save({}, folder / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"DeepSpeed checkpoint in 3 partitions; join them with the zero_to_fp32\.py"):
+        open_checkpoint(folder)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}, checkpoint_id=tmp_path / "dcp")
+    return model, tmp_path / "dcp"
+
+
+def test_distributed_checkpoints(saved):
+    model, folder = saved
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.spec.wrapper == ("model",)
+        assert checkpoint.spec.keys == tuple(model.state_dict())
+        assert all(torch.equal(checkpoint.tensor(key), value) for key, value in model.state_dict().items())
+
+
+def test_distributed_checkpoints_describe_without_reading_tensors(saved):
+    _, folder = saved
+    for part in folder.glob("*.distcp"):
+        part.write_bytes(os.urandom(part.stat().st_size))
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.spec["0.weight"].shape == (4, 3)
+        with pytest.raises(CheckpointError, match="zip archive"):
+            checkpoint.tensor("0.weight")
+
+
+def test_distributed_checkpoints_that_lead_elsewhere_or_lack_files_are_refused(saved):
+    _, folder = saved
+    metadata = folder / ".metadata"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(whole.replace(b"__0_0.distcp", b"../../passwd"))
+    with pytest.raises(CheckpointError, match="does not lie in its own folder"):
+        open_checkpoint(folder)
+    metadata.write_bytes(b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00ls\x85R.")
+    with pytest.raises(UnsafeCheckpointError, match=r"would run 'posix\.system'"):
+        open_checkpoint(folder)
+    metadata.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_checkpoint(folder)
+    metadata.write_bytes(whole)
+    part = next(folder.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_checkpoint(folder)
+    part.unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        open_checkpoint(folder)
+
+
+def test_tensors_that_several_ranks_wrote_are_joined():
+    """`data/dcp_two_ranks` holds rows 1 to 4 of a 7 × 2 tensor from one rank and 5 to 7 from the other."""
+    with open_checkpoint(DATA / "dcp_two_ranks") as checkpoint:
+        assert checkpoint.spec["sharded"].shape == (7, 2)
+        assert torch.equal(checkpoint.tensor("sharded"), torch.arange(1.0, 15.0).reshape(7, 2))
+        assert torch.equal(checkpoint.tensor("whole"), torch.arange(1.0, 4.0))

@@ -5,7 +5,9 @@ Names are imported on first use, so that ``import automatch`` costs next to noth
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from automatch.matching import propose_mapping
     from automatch.optimizer import remap_optimizer_state
     from automatch.readers import open_checkpoint
+    from automatch.snapshot import Snapshot, read_snapshot, save_snapshot, snapshot
     from automatch.specs import StateSpec, TensorSpec
 
 __version__ = "0.1.0"
@@ -44,6 +47,7 @@ _HOMES = {
     "automatch.matching": ("propose_mapping",),
     "automatch.optimizer": ("remap_optimizer_state",),
     "automatch.readers": ("open_checkpoint",),
+    "automatch.snapshot": ("Snapshot", "read_snapshot", "save_snapshot", "snapshot"),
     "automatch.specs": ("StateSpec", "TensorSpec"),
 }
 # Modules that are reached as attributes, e.g. automatch.lightning, and imported on first use too.
@@ -61,6 +65,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "Question",
+    "Snapshot",
     "StateSpec",
     "TensorSpec",
     "TransformError",
@@ -69,7 +74,10 @@ __all__ = [
     "load",
     "open_checkpoint",
     "propose_mapping",
+    "read_snapshot",
     "remap_optimizer_state",
+    "save_snapshot",
+    "snapshot",
 ]
 
 
@@ -85,3 +93,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """Keeps a public name that is also a submodule's, such as `load`, when the import system puts the submodule there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if isinstance(value, ModuleType) and name in _HOME_OF else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -16,7 +16,7 @@ from automatch.errors import LoadError
 
 # A copy between two plain tensors of one shape does not fail, and undoing it costs memory; up to this many
 # bytes the old values are kept all the same.
-_UNDO_BYTES = 64 * 2**20
+_UNDO_BYTES = 16 * 2**20
 # Libraries whose loading hooks only read, or only exchange tensors.
 _TRUSTED = {"torch", "torchmetrics"}
 

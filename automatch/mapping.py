@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from automatch.conversion import Conversion, Progress
     from automatch.rules import RenameRule
+    from automatch.verify import Verification
 
 FORMAT, VERSION = "automatch-mapping", 1
 CONFIDENT = 0.95
@@ -256,6 +257,25 @@ class KeyMapping:
 
         return write_html(self, path)
 
+    def export(self, kind: str, path: str | Path | None = None) -> str:
+        """The mapping as code for other tools, independent of automatch; also written to ``path`` if given.
+
+        Args:
+            kind: "script" (`convert_checkpoint_keys`), "revise_keys" (mmengine), "key_mapping" or "weight_conversions"
+                (transformers), "pre_hook" (`load_state_dict`) or "on_load_checkpoint" (Lightning).
+            path: where to write it, too.
+
+        Raises:
+            MappingError: there is no such kind, or it cannot say what this mapping says.
+        """
+        from automatch.export import export_mapping
+        from automatch.files import write_atomically
+
+        text = export_mapping(self, kind)
+        if path is not None:
+            write_atomically(Path(path), text.encode())
+        return text
+
     def _repr_html_(self) -> str:
         from automatch.report.notebook import render_notebook
 
@@ -274,6 +294,14 @@ class KeyMapping:
         from automatch.convert import convert_checkpoint
 
         return convert_checkpoint(self, ckpt, out, verify=verify, progress=progress, trust=trust)
+
+    def verify(
+        self, model: torch.nn.Module, ckpt: Any, *, golden: Any = None, score: Any = None, budget: int = 64, trust: bool = False
+    ) -> Verification:
+        """Prove this mapping by running a copy of ``model`` on a golden batch; see `automatch.verify.verify`."""
+        from automatch.verify import verify
+
+        return verify(self, model, ckpt, golden=golden, score=score, budget=budget, trust=trust)
 
     # ---- JSON -----------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def _bases() -> list[Path]:
         case = corpus_cases.load_case(path)
         target = case["target"]
         if target.get("modules") and len(target["entries"]) <= LARGEST and case["family"] != "negative":
-            found.setdefault(json.dumps([target["library"], target["model"]]), path)
+            found.setdefault(json.dumps([target["library"], target["version"], target["model"]]), path)
     return list(found.values())
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 
 from module_tree import Leaf, Node, by_template
-from vocabulary import FUSED, SYNONYMS, K, Q, V
+from vocabulary import FUSED, GATE, SYNONYMS, UP, K, Q, V
 
 Refactoring = Callable[[Node, random.Random], str | None]
 
@@ -158,21 +158,29 @@ def shift(root: Node, rng: random.Random) -> str | None:
 
 
 def fuse(root: Node, rng: random.Random) -> str | None:
-    """Make one projection of q, k and v, everywhere."""
-    new, done = rng.choice(("qkv", "qkv_proj", "Wqkv", "in_proj", "c_attn")), 0
-    for _, node in root.walk():
-        found = [next((child for child in node.children if child.name in words), None) for words in (Q, K, V)]
-        parts = [part for part in found if part is not None and not part.children]
-        if len(parts) < 3 or new in node.names() or len({tuple(leaf.name for leaf in part.leaves) for part in parts}) > 1:
-            continue
-        leaves = [_fused([part.leaves[i] for part in parts]) for i in range(len(parts[0].leaves))]
-        if any(leaf is None for leaf in leaves):
-            continue
-        at = min(node.children.index(part) for part in parts)
-        node.children = [child for child in node.children if child not in parts]
-        node.children.insert(at, Node(new, parts[0].cls, [leaf for leaf in leaves if leaf is not None]))
-        done += 1
-    return f"fused q, k, v to {new} in {done} places" if done else None
+    """Make one projection of q, k and v, or of gate and up, everywhere."""
+    families = [((Q, K, V), ("qkv", "qkv_proj", "Wqkv", "in_proj", "c_attn")), ((GATE, UP), ("gate_up_proj", "w13", "gate_up"))]
+    rng.shuffle(families)
+    for words, names in families:
+        new = rng.choice(names)
+        done = sum(_fuse_in(node, words, new) for _, node in root.walk())
+        if done:
+            return f"fused {len(words)} projections to {new} in {done} places"
+    return None
+
+
+def _fuse_in(node: Node, words: Iterable[set[str]], new: str) -> bool:
+    found = [next((child for child in node.children if child.name in names), None) for names in words]
+    parts = [part for part in found if part is not None and not part.children]
+    if len(parts) < len(found) or new in node.names() or len({tuple(leaf.name for leaf in part.leaves) for part in parts}) > 1:
+        return False
+    leaves = [_fused([part.leaves[i] for part in parts]) for i in range(len(parts[0].leaves))]
+    if not leaves or any(leaf is None for leaf in leaves):
+        return False
+    at = min(node.children.index(part) for part in parts)
+    node.children = [child for child in node.children if child not in parts]
+    node.children.insert(at, Node(new, parts[0].cls, [leaf for leaf in leaves if leaf is not None]))
+    return True
 
 
 def _fused(leaves: list[Leaf]) -> Leaf | None:
@@ -209,6 +217,28 @@ def _thirds(leaves: Iterable[Leaf], i: int) -> list[Leaf]:
         truth = {"op": "slice", "dim": axis, "start": i * n, "length": n, "sources": leaf.truth["sources"]}
         parts.append(Leaf(leaf.name, [*leaf.shape[:axis], n, *leaf.shape[axis + 1 :]], leaf.dtype, leaf.kind, truth))
     return parts
+
+
+def stack(root: Node, rng: random.Random) -> str | None:
+    """Keep numbered experts as one parameter each, with the number as its first axis."""
+    name, done = rng.choice(("{}", "{}_weight", "w_{}")), 0
+    for _, node in root.walk():
+        experts = node.children
+        if "experts" not in node.name.lower() or len(experts) < 2 or not all(e.name.isdigit() for e in experts):
+            continue
+        lists = [[(child.name, leaf) for child in e.children for leaf in child.leaves] for e in experts]
+        if len({tuple((part, leaf.name, tuple(leaf.shape)) for part, leaf in leaves) for leaves in lists}) > 1:
+            continue
+        node.children, columns = [], list(zip(*lists, strict=True))
+        node.leaves += [_stacked(name.format(column[0][0]), [leaf for _, leaf in column]) for column in columns if column[0][1].truth]
+        done += 1
+    return f"stacked the experts in {done} places" if done else None
+
+
+def _stacked(name: str, leaves: list[Leaf]) -> Leaf:
+    first = leaves[0]
+    sources = [leaf.truth["sources"][0] for leaf in leaves if leaf.truth is not None]
+    return Leaf(name, [len(leaves), *first.shape], first.dtype, first.kind, {"op": "stack", "dim": 0, "sources": sources})
 
 
 def transpose(root: Node, rng: random.Random) -> str | None:
@@ -265,5 +295,5 @@ def _word(rng: random.Random) -> str:
 
 
 REFACTORINGS: dict[str, Refactoring] = {
-    f.__name__: f for f in (synonyms, style, nonsense, wrap, flatten, nest, insert, delete, reorder, shift, fuse, split, transpose)
+    f.__name__: f for f in (synonyms, style, nonsense, wrap, flatten, nest, insert, delete, reorder, shift, fuse, split, stack, transpose)
 }

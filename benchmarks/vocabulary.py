@@ -37,5 +37,5 @@ SYNONYMS = (
     ("layer4", "stage4", "stages_3", "res5"),
     ("features", "convs", "feature_layers", "extractor"),
 )
-Q, K, V = (set(SYNONYMS[i]) for i in (7, 8, 9))
-FUSED = set(SYNONYMS[11]) | {"Wqkv", "in_proj"}
+Q, K, V, GATE, UP = (set(SYNONYMS[i]) for i in (7, 8, 9, 12, 13))
+FUSED = set(SYNONYMS[11]) - {"query_key_value"}  # that one is interleaved by head wherever it occurs

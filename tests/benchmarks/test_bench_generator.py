@@ -10,7 +10,7 @@ import pytest
 from module_tree import entries_of, template, tree_of
 from refactorings import REFACTORINGS
 
-from automatch.transforms import Concat, Copy, Permute, Slice, output_shape
+from automatch.transforms import Concat, Copy, Permute, Slice, Stack, output_shape
 
 
 def transform_of(true):
@@ -21,6 +21,8 @@ def transform_of(true):
             return Permute(tuple(true["dims"]))
         case "concat":
             return Concat(true["dim"])
+        case "stack":
+            return Stack(true["dim"])
         case _:
             return Slice(true["dim"], true["start"], true["length"])
 

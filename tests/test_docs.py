@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
@@ -13,11 +14,23 @@ from automatch.cli import COMMANDS, EPILOG
 from automatch.demo.after import MedicalSegmentationModel as Refactored
 from automatch.demo.before import MedicalSegmentationModel
 from automatch.demo.other import PatchTransformer
+from automatch.demo.training import save_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 REPORT = re.compile(r"<!-- report -->\n```text\n(.*?)```\n<!-- /report -->", re.DOTALL)
 needs_engine = pytest.mark.xfail(strict=False, reason="the placeholder engine is not sure of any of it")
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+
+
+class LitModel(lightning.LightningModule, Refactored):
+    """The refactored class as a LightningModule."""
+
+    def predict_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def blocks(language: str) -> list[str]:
@@ -28,17 +41,20 @@ def blocks(language: str) -> list[str]:
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """``old.ckpt`` in the current folder: the checkpoint that the README speaks of."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": MedicalSegmentationModel().state_dict()}, "old.ckpt")
+    model = MedicalSegmentationModel()
+    save_checkpoint(model, train(model, epochs=1, seed=0), Path("old.ckpt"), epochs=1)
     return "old.ckpt"
 
 
 @needs_engine
 def test_the_code_runs(old: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"model": Refactored(), "other_model": PatchTransformer()}
+    names = {"model": Refactored(), "other_model": PatchTransformer(), "torch": torch, "Trainer": lightning.Trainer}
+    names |= {"LitModel": LitModel, "data": torch.utils.data.DataLoader(torch.zeros(2, 1, 32, 32)), "quiet": QUIET}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert "would keep their initial values" in capsys.readouterr().out
     assert len(names["report"].loaded) == 184
+    assert len(names["optimizer"].state_dict()["state"]) == 106
 
 
 @needs_engine

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tokenize
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +62,11 @@ def _entry(archive: Archive, name: str) -> Entry:
     info = archive.members[name]
     head = io.BytesIO(archive.read_part(info, 0, min(info.file_size, _HEADER_BYTES)))
     try:
-        major, _ = npy.read_magic(head)
-        shape, fortran, dtype = (npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0)(head)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a header that Python 2 wrote is as good as another
+            major, _ = npy.read_magic(head)
+            shape, fortran, dtype = (npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0)(head)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError, tokenize.TokenError) as error:
         raise CheckpointError(f"the header of {origin} is damaged ({str(error)[:200]})") from error
     if dtype.hasobject:
         raise UnsafeCheckpointError(f"{origin} holds pickled objects, which would have to run; save it as plain numbers")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,15 @@ def test_npz(tmp_path, save):
         for key, array in arrays.items():
             assert checkpoint.spec[key].shape == array.shape
             assert np.array_equal(checkpoint.tensor(key).numpy(), array)
+
+
+def test_npz_whose_header_is_cut_within_a_bracket(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3, np.float32))
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        archive.writestr("w.npy", buffer.getvalue().replace(b"'shape': (3,), }", b"'shape': (3,  {x"))
+    with pytest.raises(CheckpointError, match=r"the header of 'w\.npy' in .* is damaged"):
+        open_checkpoint(tmp_path / "m.npz")
 
 
 def test_npz_with_objects_or_foreign_dtypes_is_refused(tmp_path):

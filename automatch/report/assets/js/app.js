@@ -176,6 +176,8 @@ class App {
 
   onKey(event) {
     const typing = event.target.closest("input:not([type=radio]):not([type=checkbox]), select, textarea");
+    const single = event.key.length === 1 && event.key !== " ";
+    if (single && !this.find(".am-shortcuts input").checked) return;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (typing) {
       if (event.key === "Escape") event.target.blur();

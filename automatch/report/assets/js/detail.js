@@ -1,5 +1,4 @@
 // Everything about the selected row, and the ways to decide it.
-const SIGNALS = ["name", "shape", "size", "order", "context"];
 const MAX_CHOICES = 40;
 
 class Detail {
@@ -123,9 +122,8 @@ class Detail {
   }
 
   evidence(target, now) {
-    const values = now && now.at >= 0 ? this.review.data.matches.evidence[now.at] : [];
-    const before = this.review.proposed(target);
-    if (!now || !before || !sameList(before.sources, now.sources)) return null;
+    const values = this.review.evidence(target, now);
+    if (!values) return null;
     const bars = SIGNALS.map((signal, i) => {
       const value = values[i];
       const bar = h("span.fill", null);

@@ -12,9 +12,8 @@ function exportMapping(review) {
       missing.push(target.keys[t]);
       continue;
     }
-    const before = review.proposed(t);
-    const kept = before && sameList(before.sources, now.sources) && before.transform === now.transform;
-    const [name, shape, size, order, context] = kept ? m.evidence[now.at] : [null, null, null, null, null];
+    const kept = review.evidence(t, now);
+    const [name, shape, size, order, context] = kept || [null, null, null, null, null];
     const alternatives = kept ? review.alternatives(t) : [];
     const match = {
       target: target.keys[t],

@@ -3,6 +3,7 @@ const OVERSCAN = 6;
 const FIXED_COLUMNS = 300;
 const CHARACTER = 7.6;
 const HEAD = 36;
+const SIGNALS = ["name", "shape", "size", "order", "context"];
 const MAX_PRINTED = 3000;
 
 class KeyList {
@@ -82,13 +83,14 @@ class KeyList {
     const facts = [words, where].filter(Boolean).join("; ");
     const key = (text) => ({ ...cell, title: short(text, 2000) });
     return h(
-      `div.am-row.am-group${open ? ".open" : ""}`,
+      `div.am-row.am-group${open ? ".open" : ""}${label ? ".am-rest" : ""}`,
       null,
       h("span.mark", cell, h("span", { "aria-hidden": "true" }, open ? "▾" : "▸")),
       h("span.from", key(label || pattern), keyElement(label || pattern)),
       h("span.arrow", cell, label ? "" : "→"),
       h("span.to", key(replacement || ""), label ? null : keyElement(pattern === replacement ? "same key" : replacement)),
       h("span.shape", { ...cell, title: facts }, counted(rows.length, "key"), facts ? h("span.words", null, facts) : null),
+      h("span.spark", cell),
       h(
         "span.sure",
         { ...cell, title: nOpen ? `${counted(nOpen, "key")} to review` : null },
@@ -122,6 +124,7 @@ class KeyList {
       h("span.arrow", cell, target ? "→" : ""),
       h("span.to", cell, targetKey === null ? h("i", null, "feeds nothing") : this.keys([targetKey], sourceKeys.join("."))),
       h("span.shape", cell, shapesOf(review, rows, row, now), now ? this.words(now.transform) : null),
+      h("span.spark", cell, now ? this.spark(row, now) : null),
       h("span.sure", cell, now ? this.meter(now.confidence, review.isOpen(row), now.decided) : h("span.note", null, state.short)),
     );
   }
@@ -134,6 +137,17 @@ class KeyList {
       keyElement(first, words),
       rest.length ? h("span.more", { title: rest.map((key) => short(key)).join("\n") }, `+${rest.length}`) : null,
     ];
+  }
+
+  // The evidence as five small bars.
+  spark(target, now) {
+    const values = this.review.evidence(target, now);
+    if (!values) return null;
+    const text = SIGNALS.map((signal, i) => `${signal} ${typeof values[i] === "number" ? values[i].toFixed(2) : "not measured"}`).join(
+      ", ",
+    );
+    const bars = values.map((value, i) => svg("rect", { x: i * 7, width: 5, y: 18 - (value || 0) * 18, height: (value || 0) * 18 + 1 }));
+    return [svg("svg", { viewBox: "0 0 33 19", "aria-hidden": "true" }, bars), h("span.hidden", null, text)];
   }
 
   words(transform) {

@@ -71,6 +71,13 @@ class Review {
     return (data.steps || [data]).some((step) => step.op === "adapt");
   }
 
+  // The measured signals (null where not measured) behind what holds now, or null where a person chose something else.
+  evidence(target, now) {
+    const before = this.proposed(target);
+    const holds = now && before && sameList(before.sources, now.sources) && before.transform === now.transform;
+    return holds ? this.data.matches.evidence[before.at] : null;
+  }
+
   alternatives(target) {
     const found = this.data.matches.alternatives[this.matchAt[target]] || [];
     return found.map(([sources, transform, confidence]) => ({ sources: listed(sources), transform, confidence }));

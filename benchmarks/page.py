@@ -1,0 +1,119 @@
+"""The review page in headless Chromium: screenshots for the README, and how fast it is with 45,395 keys.
+
+    python benchmarks/page.py           # writes benchmarks/screenshots/*.png and benchmarks/results/page.json
+
+Needs chromium and chromedriver on PATH, and selenium.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from corpus_cases import case_paths, load_case, skeleton, state_dict
+from selenium import webdriver
+
+import automatch
+from automatch.demo import after, before
+
+HERE = Path(__file__).parent
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+MANY = "deepseek-v3-original-to-hf4"
+TIMES = """
+    const spent = (act) => {
+      const start = performance.now();
+      act();
+      void document.body.offsetHeight;
+      return Math.round(performance.now() - start);
+    };
+    const app = window.automatchReview;
+    const searches = ["experts.1", "gate_proj", "layers.7 w1", "nothing", ""].map((text) => spent(() => app.searchFor(text)));
+    const filters = ["open", "same", "unmatched", "all"].map((name) => spent(() => app.filterBy(name)));
+    const sorts = ["sure", "key", "checkpoint", "rule"].map((name) => spent(() => { app.rows.sort = name; app.list.rebuild(false); }));
+    const scrolls = [0.2, 0.5, 0.9].map((at) => spent(() => { app.list.port.scrollTop = at * 1e6; app.list.draw(true); }));
+    return {
+      first_paint_ms: Math.round(performance.getEntriesByName("first-contentful-paint")[0].startTime),
+      ready_ms: Math.round(performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart),
+      search_ms: searches, filter_ms: filters, sort_ms: sorts, scroll_ms: scrolls,
+      export_ms: spent(() => JSON.stringify(exportMapping(app.review))),
+      elements: document.querySelectorAll("*").length,
+    };
+"""
+
+
+def open_chromium(folder: Path) -> Any:
+    """A Chromium with an empty profile."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or sys.exit("needs chromium on PATH: apt-get install chromium chromium-driver")
+    for flag in (*FLAGS, f"--user-data-dir={folder}"):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+
+
+def picture(browser: Any, page: Path, name: str, *, size: tuple[int, int] = (1280, 900), dark: bool = False, script: str = "") -> None:
+    """Write screenshots/``name``.png of ``page`` after ``script``."""
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(page.as_uri())
+    time.sleep(1)
+    if script:
+        browser.execute_script(script)
+        time.sleep(0.5)
+    (HERE / "screenshots").mkdir(exist_ok=True)
+    browser.save_screenshot(str(HERE / "screenshots" / f"{name}.png"))
+
+
+def corpus_mapping(name: str) -> automatch.KeyMapping:
+    """The proposal for one case of the corpus."""
+    case = load_case(next(path for path in case_paths([name]) if path.name.startswith(f"{name}.")))
+    return automatch.propose_mapping(skeleton(case), state_dict(case))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        refactored = automatch.propose_mapping(after.MedicalSegmentationModel(), before.MedicalSegmentationModel().state_dict())
+        demo = refactored.to_html(folder / "demo.html")
+        swin = corpus_mapping("hf-swin_tiny-to-timm-swin_tiny").to_html(folder / "swin.html")
+        many = corpus_mapping(MANY)
+        start = time.perf_counter()
+        many.rules  # noqa: B018 - worked out once, and measured apart
+        rules_s = time.perf_counter() - start
+        start = time.perf_counter()
+        page = many.to_html(folder / "many.html")
+        write_s = time.perf_counter() - start
+        browser = open_chromium(folder / "profile")
+        try:
+            show_keys = "document.querySelector('.am-keys').scrollIntoView(); automatchReview.list.select(0, {toggle: true});"
+            picture(browser, demo, "light", size=(1280, 1150))
+            picture(browser, swin, "dark", size=(1280, 800), dark=True, script=f"{show_keys} automatchReview.list.select(2)")
+            picture(browser, demo, "narrow", size=(400, 900))
+            picture(browser, page, "many", size=(1280, 900), script=show_keys)
+            times = browser.execute_script(TIMES)
+        finally:
+            browser.quit()
+        result = {"case": MANY, "keys": len(many), "file_mb": round(page.stat().st_size / 1e6, 2)}
+        result |= {"rules_s": round(rules_s, 1), "write_s": round(write_s, 1), **times}
+    (HERE / "results" / "page.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one HTML file here.")
 @click.option("--all", "all_keys", is_flag=True, help="List every key.")
 @click.option("--json", "as_json", is_flag=True, help="Print the mapping as JSON instead of the report.")
+@click.option("--markdown", is_flag=True, help="Print the report as Markdown, for a pull request.")
 @click.option("--trust", is_flag=True, help="Allow a pickle to execute code while it is read.")
 @click.pass_context
 def propose(
@@ -36,6 +37,7 @@ def propose(
     html: Path | None,
     all_keys: bool,
     as_json: bool,
+    markdown: bool,
     trust: bool,
 ) -> None:
     """Propose which tensors of CKPT feed which key of the model. Nothing is changed.
@@ -46,17 +48,26 @@ def propose(
 
     with console.working(f"Matching {ckpt} with {model}"):
         mapping = propose_mapping(resolve_model(model, kwargs), ckpt, pins=parse_pins(pins), trust=trust)
-    if as_json:
-        console.say_json(mapping.to_dict())
-        for warning in mapping.warnings:
-            console.note(f"Warning: {warning}")
-    else:
-        console.say_report(mapping, all_keys=all_keys)
+    _print(mapping, all_keys=all_keys, as_json=as_json, markdown=markdown)
     if output:
         console.note(f"Mapping written to {mapping.save(output)}")
     if html:
         console.note(f"Report written to {mapping.to_html(html)}")
     ctx.exit(REFUSED if mapping.questions or unfed_keys(plan_of(mapping, threshold)) else OK)
+
+
+def _print(mapping: KeyMapping, *, all_keys: bool, as_json: bool, markdown: bool) -> None:
+    if not as_json and not markdown:
+        console.say_report(mapping, all_keys=all_keys)
+        return
+    if as_json:
+        console.say_json(mapping.to_dict())
+    else:
+        from automatch.report.markdown import render_markdown
+
+        console.say(render_markdown(mapping, all_keys=all_keys))
+    for warning in mapping.warnings:
+        console.note(f"Warning: {warning}")
 
 
 def parse_pins(pins: tuple[str, ...]) -> dict[str, str | None]:

@@ -30,6 +30,12 @@ def test_json_is_the_mapping_and_nothing_else(cli, folder: Path) -> None:
     assert len(KeyMapping.from_dict(json.loads(result.stdout)).matches) == 8
 
 
+def test_markdown_is_for_a_pull_request(cli, folder: Path) -> None:
+    result = cli("propose", "net.ckpt", "--model", "net.ckpt", "--markdown")
+    assert result.stdout.startswith("### ")
+    assert "`net.ckpt`" in result.stdout
+
+
 def test_what_is_left_to_decide_exits_with_1(cli, folder: Path) -> None:
     result = cli("propose", "net.ckpt", "--model", "models_here.py:Net", "--kwargs", '{"classes": 99}')
     assert result.exit_code == 1

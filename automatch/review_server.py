@@ -116,6 +116,7 @@ def _handler(review: ReviewServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version = "automatch"
         sys_version = ""
+        timeout = 60
 
         def do_GET(self) -> None:
             if self._is_ours(f"/{review.token}/"):

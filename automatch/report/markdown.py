@@ -81,7 +81,16 @@ def _withheld(view: View, all_keys: bool) -> list[str]:
 
 
 def _groups(groups: Iterable[Group]) -> str:
-    rows = [(f"{len(g.rows):,}", code(g.pattern), code(g.replacement), plain(g.transform), plain(percent(g.confidence))) for g in groups]
+    rows = [
+        (
+            f"{len(g.rows):,}",
+            code(g.pattern),
+            code(g.replacement),
+            plain("; ".join(filter(None, (g.transform, g.where)))),
+            percent(g.confidence),
+        )
+        for g in groups
+    ]
     return _table(("keys", "checkpoint", "model", "transform", "confidence"), rows)
 
 

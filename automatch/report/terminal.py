@@ -155,8 +155,9 @@ def _group(group: Group, shapes: str) -> Iterator[RenderableType]:
     else:
         yield _line(lead, group.pattern)
         yield _line(" " * 14 + "→ ", (group.replacement, "bold"))
-    if group.transform or shapes:
-        yield _line(" " * 14, (group.transform, "cyan"), "  " if group.transform and shapes else "", (shapes, "dim"))
+    facts = [text for text in (group.transform, group.where, shapes) if text]
+    if facts:
+        yield _line(" " * 14, ("; ".join(facts), "cyan"))
 
 
 def _pair(row: Row) -> Iterator[RenderableType]:

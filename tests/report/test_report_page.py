@@ -137,6 +137,9 @@ def test_decisions_survive_closing_the_page(browser: Any, tmp_path: Path) -> Non
     show(browser, zoo.transformer(), tmp_path / "page.html")
     assert browser.find_element("css selector", "fieldset input[value='0']").is_selected()
     assert "1 answer" in browser.find_element("css selector", ".am-state").text
+    browser.execute_script("for (const name of Object.keys(localStorage)) localStorage.setItem(name, '{\"decisions\": 7}')")
+    show(browser, zoo.transformer(), tmp_path / "page.html")
+    assert browser.find_element("css selector", ".am-state").text == "No decisions yet"
 
 
 class Old(nn.Module):

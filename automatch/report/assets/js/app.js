@@ -4,7 +4,7 @@ class App {
     this.root = root;
     this.host = host;
     this.review = new Review(data);
-    this.review.restore(host.restore());
+    this.remember(host.restore());
     this.rows = new Rows(this.review);
     this.list = new KeyList(root, this.rows, (entry) => this.detail.show(entry));
     this.detail = new Detail(root, this.rows, (what, decision) => this.act(what, decision));
@@ -15,6 +15,18 @@ class App {
     this.update(false);
     root.addEventListener("keydown", (event) => this.onKey(event));
     this.drawTangleSoon();
+    if (this.review.decisions.size + this.review.answers.size) this.say("What you decided last time is back");
+  }
+
+  // Decisions of an earlier visit; what cannot be read is forgotten.
+  remember(payload) {
+    try {
+      this.review.restore(payload);
+    } catch {
+      this.review.decisions.clear();
+      this.review.answers.clear();
+      this.review.refresh();
+    }
   }
 
   // The picture waits until the page has been painted.
@@ -150,7 +162,7 @@ class App {
     if (JSON.stringify(payload) === JSON.stringify(this.review.payload())) return;
     this.review.decisions.clear();
     this.review.answers.clear();
-    this.review.restore(payload);
+    this.remember(payload);
     this.redraw();
     this.update(false);
     if (this.tangle) this.tangle.draw();
@@ -200,9 +212,13 @@ class App {
       this.act(what);
       if (what !== "undo" && list.selected && list.selected.row === entry?.row && !group) list.move(1);
     };
+    const step = (by) => () => {
+      list.port.focus({ preventScroll: true });
+      list.move(by);
+    };
     const always = {
-      j: () => list.move(1),
-      k: () => list.move(-1),
+      j: step(1),
+      k: step(-1),
       a: decide("accept"),
       r: decide("reject"),
       u: decide("undo"),

@@ -20,7 +20,19 @@ from automatch.rules._patterns import Index, Pattern, split_numbers
 from automatch.rules._rule import Domain, Loop, Output, RenameRule
 from automatch.transforms import Concat, Copy, Slice, Transform, invert
 
-__all__ = ["Domain", "Index", "Loop", "Output", "Pattern", "RenameRule", "apply_rules", "infer_rules", "invert_rules"]
+__all__ = [
+    "Domain",
+    "Index",
+    "Loop",
+    "Output",
+    "Pattern",
+    "RenameRule",
+    "apply_rules",
+    "drop_rules",
+    "infer_rules",
+    "invert_rules",
+    "split_numbers",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -124,3 +136,10 @@ def _joined(key: str, cut: list[tuple[Slice, str]], shape: tuple[int, ...]) -> M
         )
     transform: Transform = Concat(dim) if len(cut) > 1 else Copy()
     return Match(key, tuple(target for _, target in cut), transform)
+
+
+def drop_rules(keys: Iterable[str]) -> tuple[RenameRule, ...]:
+    """Rules that name exactly these keys and make nothing of them."""
+    keys = tuple(keys)
+    parts = [Component((key,), (), None, 0, position) for position, key in enumerate(keys)]
+    return tuple(generalise([Literal(part.sources, (), False, [part]) for part in parts], Universe(keys), {}))

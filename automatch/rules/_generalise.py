@@ -193,7 +193,7 @@ def _rule(skeleton: _Skeleton, group: list[tuple[Row, Literal]], universe: Unive
         outputs,
         _domains(first, cells[:bound], cells, {row[:bound] for row in rows}, universe.rows(first.texts, star=skeleton.star)),
         tuple(targets),
-        () if targets else tuple(part.sources[0] for part in explained),
+        tuple(part.sources[0] for part in explained),
         min(sure) if sure else None,
         (explained[0].sources, tuple(key for key, *_ in explained[0].outputs)),
     )

@@ -77,7 +77,7 @@ class RenameRule:
         outputs: the target keys; none for a rule that drops its sources.
         domains: values that the variables are limited to, where the patterns alone would match too much.
         targets: the target keys that this rule explains in the mapping it was inferred from, in its order.
-        dropped: the source keys that a dropping rule keeps from the rules after it.
+        firsts: the first source key of every application of this rule to that mapping.
         confidence: the lowest confidence among the matches it explains, in [0, 1]; None for a dropping rule.
         example: the source keys and target keys of one application.
     """
@@ -86,14 +86,19 @@ class RenameRule:
     outputs: tuple[Loop[Output], ...]
     domains: tuple[Domain, ...] = ()
     targets: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+    firsts: tuple[str, ...] = ()
     confidence: float | None = None
     example: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def n_keys(self) -> int:
         """Number of target keys it explains (of source keys, for a rule that drops them)."""
-        return len(self.targets) or len(self.dropped)
+        return len(self.targets) or len(self.firsts)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The source keys that a dropping rule keeps from the rules after it; none for other rules."""
+        return () if self.outputs else self.firsts
 
     @property
     def pattern(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from automatch.readers._base import Region, SourceFile
 
 CHUNK = 16 * 2**20
 _SPARE = 2**20
+_YOUNG_SECONDS = 60
 _NOT_POSSIBLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY)
 Tick = Callable[[int], None]
 
@@ -119,8 +122,14 @@ def staged(path: Path, *, folder: bool) -> Generator[Path]:
         CheckpointError: the disk is full or fails; nothing is left behind.
     """
     parent = path.parent
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=parent))
+    lock = None
     try:
+        _sweep(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write in folder {str(parent)!r}: {error.strerror or error}") from error
+    try:
+        lock = _lock(temporary)
         inner = temporary / path.name
         if folder:
             inner.mkdir()
@@ -132,7 +141,36 @@ def staged(path: Path, *, folder: bool) -> Generator[Path]:
     except OSError as error:
         raise CheckpointError(f"writing {str(path)!r} failed: {error.strerror or error}; nothing was left behind") from error
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder as long as this process lives; None if another one holds it or locks do not exist here."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed conversions to ``path`` left behind: nobody holds its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # A folder this young may be one that another process has made and not locked yet.
+        if left.is_dir() and not left.is_symlink() and time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
+            lock = _lock(left)
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from automatch.checking import check
     from automatch.errors import (
         AutomatchError,
         CheckpointError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from automatch.load import LoadReport, load
     from automatch.mapping import KeyMapping, Match, Question, Verdict
     from automatch.matching import propose_mapping
+    from automatch.migrations import accept
     from automatch.optimizer import remap_optimizer_state
     from automatch.readers import open_checkpoint
     from automatch.snapshot import Snapshot, read_snapshot, save_snapshot, snapshot
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "automatch.checking": ("check",),
     "automatch.errors": (
         "AutomatchError",
         "CheckpointError",
@@ -45,6 +48,7 @@ _HOMES = {
     "automatch.load": ("LoadReport", "load"),
     "automatch.mapping": ("KeyMapping", "Match", "Question", "Verdict"),
     "automatch.matching": ("propose_mapping",),
+    "automatch.migrations": ("accept",),
     "automatch.optimizer": ("remap_optimizer_state",),
     "automatch.readers": ("open_checkpoint",),
     "automatch.snapshot": ("Snapshot", "read_snapshot", "save_snapshot", "snapshot"),
@@ -71,6 +75,8 @@ __all__ = [
     "TransformError",
     "UnsafeCheckpointError",
     "Verdict",
+    "accept",
+    "check",
     "load",
     "open_checkpoint",
     "propose_mapping",

@@ -76,7 +76,7 @@ def check_side(side: Side, spec: StateSpec, what: str) -> None:
     if made_for is None or made_for.fingerprint != side.fingerprint:
         difference = f"fingerprint {side.fingerprint[:19]}… there, {spec.fingerprint[:19]}… here"
     else:
-        found = _first_difference(made_for, spec)
+        found = first_difference(made_for, spec)
         if found is None:
             return
         difference = found
@@ -86,7 +86,8 @@ def check_side(side: Side, spec: StateSpec, what: str) -> None:
     )
 
 
-def _first_difference(made_for: StateSpec, now: StateSpec) -> str | None:
+def first_difference(made_for: StateSpec, now: StateSpec) -> str | None:
+    """How the layout ``now`` differs from ``made_for``, in words; None where keys, shapes and kinds of dtype agree."""
     for tensor in made_for:
         if tensor.key not in now:
             return f"key {tensor.key!r} is not there"

@@ -12,6 +12,8 @@ from automatch.adapt import pins_to_adapt, plan_adaptations
 from automatch.apply import check_side
 from automatch.errors import LoadError
 from automatch.mapping import CONFIDENT, KeyMapping, Side
+from automatch.migrations import find_migration, migrations_folder
+from automatch.readers import open_checkpoint
 from automatch.refusal import explain_refusal, fed_keys, needed_keys, without_open_questions
 from automatch.specs import StateSpec, spec_of_model
 
@@ -71,6 +73,9 @@ def plan_load(
     target = spec_of_model(model)
     pins, adapt = dict(pins or {}), dict(adapt or {})
     adapted = pins_to_adapt(pins, adapt)
+    notes: tuple[str, ...] = ()
+    if mapping is None:
+        mapping, notes = _reviewed(model, target, ckpt, trust)
     whole = _mapping_for(target, ckpt, mapping, {key: source for key, source in pins.items() if key not in adapted}, trust)
     sure = without_open_questions(whole.confident(threshold))
     adaptations = plan_adaptations(whole, sure, adapt, pins)
@@ -79,7 +84,19 @@ def plan_load(
     needed = [key for key in needed_keys(target, (m.target for m in chosen.matches)) if key not in accepted]
     if strict and needed:
         raise LoadError(explain_refusal(whole, needed, threshold))
-    return LoadPlan(whole, chosen, adaptations.methods)
+    return LoadPlan(whole, chosen, adaptations.methods, notes)
+
+
+def _reviewed(model: nn.Module, target: StateSpec, ckpt: Any, trust: bool) -> tuple[KeyMapping | None, tuple[str, ...]]:
+    """A migration beside the model's code that leads from this checkpoint to it, and a note that says so."""
+    folder = migrations_folder(model)
+    if folder is None or not folder.is_dir():
+        return None, ()
+    with open_checkpoint(ckpt, like=target, trust=trust) as checkpoint:
+        migration = find_migration(folder, checkpoint.spec, target)
+    if migration is None:
+        return None, ()
+    return migration.mapping, (f"loaded through the reviewed migration {migration.names}",)
 
 
 def _mapping_for(target: StateSpec, ckpt: Any, mapping: MappingLike | None, pins: Mapping[str, Any], trust: bool) -> KeyMapping:

@@ -17,6 +17,10 @@ COMMANDS = {
     "review": "automatch.cli.review:review",
     "apply": "automatch.cli.apply:apply",
     "convert-distributed": "automatch.cli.convert_distributed:command",
+    "accept": "automatch.cli.accept:command",
+    "check": "automatch.cli.check:command",
+    "snapshot": "automatch.cli.snapshot:command",
+    "export": "automatch.cli.export:command",
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",
 }

@@ -18,6 +18,7 @@ from automatch.load import LoadReport, report_of, values_of
 from automatch.mapping import CONFIDENT
 from automatch.optimizer import remap_optimizer_state
 from automatch.planning import LoadPlan, MappingLike, plan_load
+from automatch.snapshot import KEY, read_snapshot, snapshot
 from automatch.training import complete_state, remap_copies
 
 if TYPE_CHECKING:
@@ -63,9 +64,12 @@ class _Remapper:
             return
         if len(saved) != len(optimizers):
             raise LoadError(f"the checkpoint holds the states of {len(saved)} optimizers, the module configures {len(optimizers)}")
+        found = read_snapshot(checkpoint)
+        known = found is not None and len(found.optimizers) == len(saved)
+        orders: list[Any] = list(found.optimizers) if found is not None and known else [None] * len(saved)
         checkpoint["optimizer_states"] = [
-            remap_optimizer_state(state, plan.chosen, getattr(optimizer, "optimizer", optimizer), model)
-            for state, optimizer in zip(saved, optimizers, strict=True)
+            remap_optimizer_state(state, plan.chosen, getattr(optimizer, "optimizer", optimizer), model, names=names)
+            for state, optimizer, names in zip(saved, optimizers, orders, strict=True)
         ]
 
 
@@ -114,8 +118,20 @@ class _Hooks:
         vars(pl_module).pop("on_load_checkpoint", None)
 
 
-def _callback_class() -> type[Any]:
-    """`AutoMatch` over the callback class of every Lightning package in use (or, if none is, of one that is installed)."""
+class _SaveSnapshot:
+    """What the callback `SaveSnapshot` does, without Lightning."""
+
+    def __init__(self, sample: Any = None) -> None:
+        super().__init__()
+        self.sample = sample
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Checkpoint) -> None:
+        """Put the module's snapshot into the checkpoint."""
+        checkpoint[KEY] = snapshot(pl_module, sample=self.sample, optimizers=[getattr(o, "optimizer", o) for o in trainer.optimizers])
+
+
+def _callback_bases() -> tuple[type[Any], ...]:
+    """The callback class of every Lightning package in use (or, if none is, of one that is installed)."""
     names = ("lightning.pytorch", "pytorch_lightning")
     used = [name for name in names if name in sys.modules]
     if not used:
@@ -128,8 +144,7 @@ def _callback_class() -> type[Any]:
             break
     if not used:
         raise MissingExtraError("automatch.lightning needs Lightning: pip install lightning")
-    bases = tuple(sys.modules[name].Callback for name in used)
-    return type("AutoMatch", (_Hooks, *bases), {"__doc__": _CALLBACK_DOC, "__module__": "automatch.lightning"})
+    return tuple(sys.modules[name].Callback for name in used)
 
 
 _CALLBACK_DOC = """Callback: ``Trainer(callbacks=AutoMatch())`` resumes, tests or predicts from a checkpoint with other keys.
@@ -142,6 +157,14 @@ _CALLBACK_DOC = """Callback: ``Trainer(callbacks=AutoMatch())`` resumes, tests o
         strict: as for `automatch.load`; None takes the module's ``strict_loading``.
         pins: pairs that a person has decided.
         adapt: shape adaptations by key pattern.
+    """
+
+
+_SNAPSHOT_DOC = """Callback: stores a snapshot of the module in every checkpoint, for whoever loads it later; see `automatch.snapshot`.
+
+    Args:
+        sample: a small batch, to keep with the module's output in eval mode: a tensor, a tuple of positional or a dict
+            of keyword arguments of ``forward``.
     """
 
 
@@ -234,74 +257,12 @@ def _hooked(module_class: type[Any], remapper: _Remapper) -> Generator[None]:
                 del module_class.on_load_checkpoint
 
 
-def fabric_load(
-    fabric: Any,
-    path: Any,
-    state: dict[str, Any],
-    strict: bool = True,
-    *,
-    mapping: MappingLike | None = None,
-    threshold: float = CONFIDENT,
-    pins: Pins | None = None,
-    adapt: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """What ``fabric.load(path, state)`` does, with the keys of the one module in ``state`` mapped, all or nothing.
-
-    Args:
-        fabric: the ``Fabric``.
-        path: the checkpoint.
-        state: the objects to restore, by their names in the checkpoint; one module, its optimizers, anything else.
-        strict: refuse when a parameter would keep its initial value, or a name is not in the checkpoint.
-        mapping: a reviewed mapping (or its file); without it one is proposed.
-        threshold: matches are loaded from this confidence on, in [0, 1].
-        pins: pairs that a person has decided.
-        adapt: shape adaptations by key pattern.
-
-    Returns:
-        What is left of the checkpoint.
-
-    Raises:
-        LoadError: loading was refused; nothing in ``state`` has changed.
-    """
-    from torch import nn
-
-    from automatch.atomic import replace_values
-
-    checkpoint: dict[str, Any] = fabric.load(path)
-    absent = [name for name in state if name not in checkpoint]
-    if strict and absent:
-        raise LoadError(f"{', '.join(map(repr, absent))} is not in the checkpoint, which holds {', '.join(map(repr, checkpoint))}")
-    names = [name for name, value in state.items() if isinstance(value, nn.Module) and name in checkpoint]
-    if len(names) != 1:
-        raise LoadError(f"state must hold one module that is in the checkpoint, it holds {len(names)}; load the others with fabric.load")
-    model = _unwrapped(state[names[0]])
-    plan = plan_load(model, checkpoint[names[0]], mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
-    with open_source(plan.whole, checkpoint[names[0]]) as opened:
-        values = values_of(plan, model, opened)
-    rest: dict[str, Any] = remap_copies({k: v for k, v in checkpoint.items() if k != names[0]}, plan.chosen, model)
-    optimizers = {name: value for name, value in state.items() if hasattr(value, "param_groups") and name in rest}
-    moved = {name: remap_optimizer_state(rest[name], plan.chosen, _unwrapped(value), model) for name, value in optimizers.items()}
-    replace_values(model, values)
-    for name, value in state.items():
-        if name in moved:
-            value.load_state_dict(moved[name])
-        elif name in rest and hasattr(value, "load_state_dict"):
-            value.load_state_dict(rest[name])
-        elif name in rest:
-            state[name] = rest[name]
-    return {name: value for name, value in rest.items() if name not in state}
-
-
-def _unwrapped(value: Any) -> Any:
-    """The object inside Fabric's wrappers (and `torch.compile`'s)."""
-    for name in ("_orig_mod", "module", "optimizer"):
-        if type(value).__name__ in ("_FabricModule", "_FabricOptimizer", "OptimizedModule") and hasattr(value, name):
-            return _unwrapped(getattr(value, name))
-    return value
+_CALLBACKS: dict[str, tuple[type[Any], str]] = {"AutoMatch": (_Hooks, _CALLBACK_DOC), "SaveSnapshot": (_SaveSnapshot, _SNAPSHOT_DOC)}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AutoMatch":
-        globals()[name] = _callback_class()
+    if name in _CALLBACKS:
+        hooks, doc = _CALLBACKS[name]
+        globals()[name] = type(name, (hooks, *_callback_bases()), {"__doc__": doc, "__module__": "automatch.lightning"})
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

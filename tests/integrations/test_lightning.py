@@ -277,3 +277,45 @@ def test_fabric_load(tmp_path):
     rest = automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", state, mapping=mapping)
     assert (rest, state["epoch"]) == ({"note": "kept"}, 4)
     assert [step(wrapped, resumed) for _ in range(3)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_snapshot_callback_and_what_it_is_good_for(pl, tmp_path):
+    """Frozen twins of one shape: which of them the optimizer held is known from the snapshot alone."""
+
+    class Twins(pl.LightningModule):
+        def __init__(self, names: tuple[str, str, str] = ("a", "b", "c"), frozen: str = "b") -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({name: nn.Linear(6, 6, bias=False) for name in names})
+            self.layers[frozen].requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in sorted(self.layers):
+                x = self.layers[name](x)
+            return x
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self(batch[0].float()).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    sample = torch.ones(2, 6)
+    old = Twins()
+    trainer = fit(pl, old, 1, tmp_path, [automatch.lightning.SaveSnapshot(sample)])
+    path = tmp_path / "twins.ckpt"
+    trainer.save_checkpoint(path)
+    snapshot = automatch.read_snapshot(path)
+    assert snapshot.optimizers == (("layers.a.weight", "layers.c.weight"),)
+    assert torch.equal(snapshot.golden.outputs[0], old.eval()(sample))
+    assert type(torch.load(path, weights_only=True)["automatch_snapshot"]) is dict
+
+    new = Twins(("z", "y", "x"), frozen="y")
+    feeds = {f"layers.{new_name}.weight": f"layers.{old_name}.weight" for new_name, old_name in ("xa", "yb", "zc")}
+    mapping = mapping_of(new, torch.load(path)["state_dict"], feeds)
+    assert mapping.verify(new, path)
+    resumed = fit(pl, new, 2, tmp_path, [automatch.lightning.AutoMatch(mapping=mapping)], path)
+    again = Twins()
+    expected = fit(pl, again, 2, tmp_path, [], path)
+    assert torch.allclose(new.layers["z"].weight, again.layers["c"].weight, atol=1e-6)
+    moments = [resumed.optimizers[0].state[new.layers["x"].weight], expected.optimizers[0].state[again.layers["a"].weight]]
+    assert torch.allclose(moments[0]["exp_avg"], moments[1]["exp_avg"], atol=1e-6)

@@ -57,7 +57,7 @@ def _rules(view: View, all_keys: bool) -> list[str]:
     groups = view.groups if all_keys else view.groups[:MAX_LINES]
     rest = len(view.groups) - len(groups)
     more = [f"… and {count(rest, 'rule')} more"] if rest else []
-    return [f"#### Rules: {count(len(view.groups), 'rule')} explain {count(len(view.rows), 'key')}", _groups(groups), *more]
+    return [f"#### Rules: {view.rules_text}", _groups(groups), *more]
 
 
 def _questions(view: View) -> list[str]:

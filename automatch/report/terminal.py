@@ -114,7 +114,7 @@ def _bar(view: View, width: int = 60) -> RenderableType:
 def _rules(view: View, all_keys: bool) -> Iterator[RenderableType]:
     if not view.groups:
         return
-    yield _section("Rules", f"{count(len(view.groups), 'rule')} explain {count(len(view.rows), 'key')}")
+    yield _section("Rules", view.rules_text)
     groups = view.groups if all_keys else view.groups[:MAX_LINES]
     for group in groups:
         yield from _group(group, "")

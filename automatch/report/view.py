@@ -157,6 +157,11 @@ class View:
         return f"{len(self.rows):,} of {count(self.n_target, 'model key')} fed"
 
     @property
+    def rules_text(self) -> str:
+        """How many rules explain how many keys."""
+        return f"{count(len(self.groups), 'rule')} {'explains' if len(self.groups) == 1 else 'explain'} {count(len(self.rows), 'key')}"
+
+    @property
     def stats(self) -> tuple[tuple[str, int, str], ...]:
         """(band, number of keys, words) of the coverage bar, surest first."""
         harmful = self.n_missing - self.n_missing_harmless

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import automatch
+from automatch.report.collapse import ranges
 from automatch.report.decisions import apply_decisions
+from automatch.report.wording import percent, short
 from automatch.review_server import ReviewServer
 
 CONTROL_A, DELETE, END = "\ue009a\ue000", "\ue017", "\ue010"
@@ -290,3 +292,15 @@ def test_the_served_page_saves_by_itself(browser: Any, tmp_path: Path) -> None:
     assert said
     saved = automatch.KeyMapping.load(tmp_path / "mapping.json")
     assert saved == automatch.KeyMapping.from_dict(mapping.answer("q1", 1).to_dict())
+
+
+def test_the_page_words_things_as_python_does(browser: Any, tmp_path: Path) -> None:
+    mapping = zoo.hostile()
+    show(browser, mapping, tmp_path / "page.html")
+    assert mapping.target.spec is not None
+    shown = browser.execute_script("return automatchReview.review.target.keys.map((key) => short(key))")
+    assert shown == [short(key) for key in mapping.target.spec.keys]
+    values = [0, 0.004, 0.29, 0.57, 0.58, 0.95, 0.99999, 1]
+    assert browser.execute_script("return arguments[0].map(percent)", values) == [percent(value) for value in values]
+    numbers = [[0, 1, 2], [12, 14], [0, 2, 5, 6], [0, 2, 4, 6, 8, 10]]
+    assert browser.execute_script("return arguments[0].map(ranges)", numbers) == [ranges(row) for row in numbers]

@@ -148,13 +148,21 @@ class App {
     this.find(".am-state").textContent = total
       ? `${settled ? counted(settled, "answer") + ", " : ""}${counted(review.decisions.size, "decision")}`
       : "No decisions yet";
-    this.find(".am-open").textContent = counts.open ? `${counted(counts.open, "key")} to review` : "Nothing left to review";
+    this.find(".am-open").textContent = this.whatIsOpen(counts);
     this.find(".am-clear").hidden = total === 0;
     for (const radio of this.radios) radio.checked = (review.answers.get(Number(radio.dataset.question)) ?? -1) === Number(radio.value);
     if (changed) {
       if (this.tangle) this.tangle.draw();
       this.host.changed(review.payload());
     }
+  }
+
+  whatIsOpen(counts) {
+    if (counts.open) return `${counted(counts.open, "key")} to review`;
+    const { review, rows } = this;
+    let missing = 0;
+    for (let target = 0; target < rows.nTargets; target++) missing += !review.current(target) && !review.harmless[1].has(target);
+    return missing ? `${counted(missing, "key")} not fed` : "Nothing left to review";
   }
 
   // Decisions that came from outside, e.g. from Python or another view.

@@ -71,11 +71,15 @@ class Review {
     return (data.steps || [data]).some((step) => step.op === "adapt");
   }
 
+  // Whether something else holds than was proposed.
+  isOther(target, now = this.current(target)) {
+    const before = this.proposed(target);
+    return !now || !before || !sameList(before.sources, now.sources) || before.transform !== now.transform;
+  }
+
   // The measured signals (null where not measured) behind what holds now, or null where a person chose something else.
   evidence(target, now) {
-    const before = this.proposed(target);
-    const holds = now && before && sameList(before.sources, now.sources) && before.transform === now.transform;
-    return holds ? this.data.matches.evidence[before.at] : null;
+    return this.isOther(target, now) ? null : this.data.matches.evidence[this.matchAt[target]];
   }
 
   alternatives(target) {

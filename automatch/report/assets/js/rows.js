@@ -11,7 +11,13 @@ const FILTERS = {
 };
 const FILTER_NAMES = Object.keys(FILTERS);
 const SORTS = { rule: "by rule", sure: "least sure first", model: "model order", checkpoint: "checkpoint order", key: "by key" };
-const LEFT = ["Missing: nothing feeds them", "Missing but harmless", "Unexpected: they feed nothing", "Unexpected but harmless"];
+const LABELS = [
+  "Decided otherwise than proposed",
+  "Missing: nothing feeds them",
+  "Missing but harmless",
+  "Unexpected: they feed nothing",
+  "Unexpected but harmless",
+];
 const UNFOLDED_ROWS = 40;
 
 class Rows {
@@ -109,7 +115,7 @@ class Rows {
     if (!this.isTarget(row)) return rules + (review.harmless[0].has(row - this.nTargets) ? 4 : 3);
     if (review.current(row) === null) return rules + (review.harmless[1].has(row) ? 2 : 1);
     const group = review.groupOf(row);
-    return group < 0 ? rules : group;
+    return group < 0 || review.isOther(row) ? rules : group;
   }
 
   grouped(rows) {
@@ -132,14 +138,14 @@ class Rows {
 
   describe(group, rows) {
     const rules = this.review.data.groups;
-    if (group > rules.length) return { label: LEFT[group - rules.length - 1], confidence: null, nOpen: 0 };
+    if (group >= rules.length) return { label: LABELS[group - rules.length], confidence: group > rules.length ? null : 1, nOpen: 0 };
     let least = 1;
     let nOpen = 0;
     for (const row of rows) {
       least = Math.min(least, this.review.current(row).confidence);
       if (this.review.isOpen(row)) nOpen++;
     }
-    const [pattern, replacement, words, where] = rules[group] || ["decided by hand", "", "", ""];
+    const [pattern, replacement, words, where] = rules[group];
     return { pattern, replacement, words, where, confidence: least, nOpen };
   }
 }

@@ -47,7 +47,7 @@ function kidsOf(parent) {
     const form = first.kids.get(names[i]).form;
     while (end < names.length && numbered(names[i]) && numbered(names[end]) && first.kids.get(names[end]).form === form) end++;
     const group = names.slice(i, end);
-    const label = group.length > 1 ? `{${group[0]}…${group[group.length - 1]}}` : short(names[i], 60);
+    const label = group.length > 1 ? ranges(group.map(Number)) : short(names[i], 60);
     const nodes = parent.nodes.flatMap((node) => group.map((name) => node.kids.get(name)));
     kids.push(joined(branch(label, parent.path ? `${parent.path}.${group.length > 1 ? "" : names[i]}` : names[i], nodes)));
     i = end;

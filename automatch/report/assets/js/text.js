@@ -27,6 +27,18 @@ const thousands = (number) => String(number).replace(/\B(?=(\d{3})+$)/g, ",");
 const counted = (number, noun) => `${thousands(number)} ${noun}${number === 1 ? "" : "s"}`;
 const shapeText = (shape) => (shape === null ? "?" : shape.join("×") || "scalar");
 
+// Ascending numbers as runs in braces: {0…11}, {0, 2, 5…8}, {14 of 0…30}.
+function ranges(numbers) {
+  const runs = [];
+  for (const number of numbers) {
+    const last = runs[runs.length - 1];
+    if (last && number === last[1] + 1) last[1] = number;
+    else runs.push([number, number]);
+  }
+  if (runs.length > 4) return `{${numbers.length} of ${numbers[0]}…${numbers[numbers.length - 1]}}`;
+  return `{${runs.map(([a, b]) => (a === b ? a : `${a}…${b}`)).join(", ")}}`;
+}
+
 // h("button.primary", {onclick, "aria-label": …}, child, …): strings become text nodes, never markup.
 function h(spec, attributes, ...children) {
   const [tag, ...classes] = spec.split(".");

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from rapidfuzz.distance import Indel
-from rapidfuzz.process import cdist
-from scipy.optimize import linear_sum_assignment
+from automatch.engine.confidence import judge
+from automatch.engine.layout import layout
+from automatch.engine.pipeline import run_stages
+from automatch.engine.questions import find_questions
+from automatch.engine.solve import Weights
+from automatch.engine.tables import current
+from automatch.engine.verdict import shift_warnings, verdict_of
+from automatch.errors import MappingError
+from automatch.mapping import Match, Question, Verdict
+from automatch.specs import StateSpec
+from automatch.transforms import Concat, Copy, Transform
 
-from automatch.mapping import Evidence, Match, Question, Verdict
-from automatch.specs import StateSpec, TensorSpec
+Pins = Mapping[str, str | Sequence[str] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +30,54 @@ class EngineResult:
     verdict: Verdict
 
 
-def match_specs(source: StateSpec, target: StateSpec, pins: Mapping[str, str | Sequence[str] | None]) -> EngineResult:
-    """Placeholder: plain name+order Hungarian per shape; the real engine replaces it."""
-    blocks: dict[tuple[int, ...], tuple[list[tuple[int, TensorSpec]], list[tuple[int, TensorSpec]]]] = {}
-    for side, spec in enumerate((source, target)):
-        for i, tensor in enumerate(spec):
-            blocks.setdefault(tensor.shape, ([], []))[side].append((i, tensor))
-    matches = []
-    for left, right in blocks.values():
-        if not left or not right:
-            continue
-        names = cdist([t.key for _, t in left], [t.key for _, t in right], scorer=Indel.normalized_similarity)
-        order = 1 - np.abs(np.linspace(0, 1, len(left))[:, None] - np.linspace(0, 1, len(right))[None, :])
-        score = 0.7 * names + 0.3 * order
-        for i, j in zip(*linear_sum_assignment(-score), strict=True):
-            evidence = Evidence(name=float(names[i, j]), shape=1.0, size=1.0, order=float(order[i, j]))
-            key = left[i][1].key
-            matches.append(Match(right[j][1].key, (key,), score=float(score[i, j]), confidence=float(score[i, j]), evidence=evidence))
-    return EngineResult(tuple(matches), (), (), Verdict("unknown", "placeholder engine"))
+def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive: bool = False) -> EngineResult:
+    """Match two specs around what a person has pinned.
+
+    Args:
+        source: the checkpoint.
+        target: the model.
+        pins: decided pairs; their keys take no part in matching.
+        exhaustive: solve every repetition instead of a few of each; slower, same answer.
+
+    Raises:
+        MappingError: a pin names a key that does not exist, or a source that cannot have the target's shape.
+    """
+    pinned = [_pinned(source, target, key, value) for key, value in pins.items()]
+    used = {key for match in pinned if match is not None for key in match.sources}
+    tables = current()
+    outcome = run_stages(
+        source, target, tables.lexicon, Weights(), without_sources=sorted(used), without_targets=sorted(pins), exhaustive=exhaustive
+    )
+    judged = judge(outcome, tables.confidence)
+    matches = (*(match for match in pinned if match is not None), *judged.matches)
+    questions = find_questions(outcome, judged)
+    warnings = shift_warnings(source, [match for match in judged.matches if match.confidence >= 0.5])
+    return EngineResult(matches, questions, tuple(warnings), verdict_of(source, target, matches))
+
+
+def _pinned(source: StateSpec, target: StateSpec, key: str, value: str | Sequence[str] | None) -> Match | None:
+    if key not in target:
+        raise MappingError(f"pin {key!r}: the model ({target.origin}) has no such key")
+    if value is None:
+        return None
+    keys = (value,) if isinstance(value, str) else tuple(value)
+    for name in keys:
+        if name not in source:
+            raise MappingError(f"pin {key!r}: the checkpoint ({source.origin}) has no key {name!r}")
+    return Match(key, keys, _pinned_transform(source, target, key, keys), confidence=1.0, decided=True)
+
+
+def _pinned_transform(source: StateSpec, target: StateSpec, key: str, keys: tuple[str, ...]) -> Transform:
+    wanted = target[key].shape
+    if len(keys) == 1:
+        between = layout(source[keys[0]].shape, wanted)
+        if between is not None:
+            return between
+    shapes = [source[name].shape for name in keys]
+    for dim in range(len(wanted)):
+        rest = {shape[:dim] + shape[dim + 1 :] for shape in shapes if len(shape) == len(wanted)}
+        if rest == {wanted[:dim] + wanted[dim + 1 :]} and sum(shape[dim] for shape in shapes) == wanted[dim]:
+            return Copy() if len(keys) == 1 else Concat(dim)
+    raise MappingError(
+        f"pin {key!r}: model {wanted}, checkpoint {shapes}; no reshape, permutation or concatenation leads from one to the other"
+    )

@@ -1,0 +1,81 @@
+"""From matched items back to real keys: slices, stacks and concatenations put together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from automatch.engine.items import Item
+from automatch.engine.layout import layout
+from automatch.transforms import Concat, Copy, Permute, Reshape, Stack, Transform, chain
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What feeds one real target key, and the target items that decided it."""
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Transform
+    items: tuple[int, ...]
+
+
+def assemble(source: Sequence[Item], target: Sequence[Item], pairs: Mapping[int, int], transposed: Callable[[int, int], bool]) -> list[Fed]:
+    """Turn an assignment of items into one transform per real target key; fused targets need all their parts."""
+    result: list[Fed] = []
+    slots: dict[str, list[tuple[int, Item, Item]]] = defaultdict(list)
+    for j, i in pairs.items():
+        t, s = target[j], source[i]
+        if t.slot is not None:
+            slots[t.slot.key].append((j, t, s))
+            continue
+        between = layout(s.shape, t.shape, transposed=transposed(j, i))
+        if between is None:
+            continue
+        result.extend(Fed(real, s.reals, chain(s.how, between, spread), (j,)) for real, spread in zip(t.reals, t.spread, strict=True))
+    for key, parts in slots.items():
+        parts.sort(key=lambda part: part[1].slot.index if part[1].slot else 0)
+        fused = _fuse(key, parts, transposed)
+        if fused is not None:
+            result.append(fused)
+    return result
+
+
+def _fuse(key: str, parts: Sequence[tuple[int, Item, Item]], transposed: Callable[[int, int], bool]) -> Fed | None:
+    first = parts[0][1]
+    slot = first.slot
+    if slot is None or len(parts) != slot.count:
+        return None
+    sources = [s for _, _, s in parts]
+    items = tuple(j for j, _, _ in parts)
+    between = {layout(s.shape, t.shape) if s.shape != t.shape else Copy() for _, t, s in parts}
+    tail = first.spread[0]
+    if all(len(s.reals) == 1 and isinstance(s.how, Copy | Reshape) for s in sources):
+        return _concat(key, sources, [t.shape for _, t, _ in parts], slot.dim, items, tail)
+    if all(len(s.reals) > 1 and isinstance(s.how, Stack) for s in sources) and between == {Copy()}:
+        return _stack_and_fuse(key, sources, slot.dim, items, tail)
+    return None
+
+
+def _concat(
+    key: str, sources: Sequence[Item], shapes: Sequence[tuple[int, ...]], dim: int, items: tuple[int, ...], tail: Transform
+) -> Fed | None:
+    real = tuple(s.reals[0] for s in sources)
+    if all(s.shape == shape and isinstance(s.how, Copy) for s, shape in zip(sources, shapes, strict=True)):
+        return Fed(key, real, chain(Concat(dim), tail), items)
+    if all(len(s.shape) == 2 and s.shape == shape[::-1] and isinstance(s.how, Copy) for s, shape in zip(sources, shapes, strict=True)):
+        return Fed(key, real, chain(Concat(1 - dim), Permute((1, 0)), tail), items)
+    return None
+
+
+def _stack_and_fuse(key: str, sources: Sequence[Item], dim: int, items: tuple[int, ...], tail: Transform) -> Fed | None:
+    """Repetitions stacked on a new first axis and fused along ``dim``: sources interleaved by repetition."""
+    n, k, shape = len(sources[0].reals), len(sources), sources[0].shape[1:]
+    real = tuple(s.reals[index] for index in range(n) for s in sources)
+    if dim == 1:
+        return Fed(key, real, chain(Stack(0), Reshape((n, k * shape[0], *shape[1:])), tail), items)
+    if dim == 2 and len(shape) == 2:
+        steps = (Stack(0), Reshape((n, k, *shape)), Permute((0, 2, 1, 3)), Reshape((n, shape[0], k * shape[1])))
+        return Fed(key, real, chain(*steps, tail), items)
+    return None

@@ -1,0 +1,105 @@
+"""From an outcome to matches: calibrated confidence, evidence and runners-up for every fed key."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from automatch.engine.assemble import Fed
+from automatch.engine.features import pair_features
+from automatch.engine.layout import layout
+from automatch.engine.pipeline import Outcome
+from automatch.engine.tables import Trees
+from automatch.mapping import Alternative, Evidence, Match
+from automatch.transforms import Adapt, Chain, PermuteElements
+
+KEEP = 0.35  # below this a pair is more likely wrong than worth showing
+TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
+RUNNERS_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The matches worth proposing, and the probability of every decided pair by kept target position."""
+
+    matches: tuple[Match, ...]
+    probability: dict[int, float]
+
+
+def judge(outcome: Outcome, model: Trees) -> Judged:
+    """Give every fed key its confidence, and drop those that are not worth proposing."""
+    kept, rows = pair_features(outcome)
+    values = np.clip(model.probability(rows), 0.001, 0.999) if kept else np.zeros(0)
+    probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
+    runners = _RunnersUp(outcome)
+    matches = []
+    for fed in outcome.fed:
+        deciders = [outcome.decided_by[j][1] for j in fed.items]
+        confidence = min(probability[j] for j in deciders)
+        if fed.target in outcome.tied:
+            confidence *= TIED
+        if _is_unsure(fed):
+            confidence = min(confidence, 0.6)
+        if confidence >= KEEP:
+            matches.append(_match(outcome, fed, deciders, confidence, runners))
+    return Judged(tuple(matches), probability)
+
+
+def _is_unsure(fed: Fed) -> bool:
+    steps = fed.transform.steps if isinstance(fed.transform, Chain) else (fed.transform,)
+    return any(isinstance(step, PermuteElements | Adapt) for step in steps)
+
+
+def _match(outcome: Outcome, fed: Fed, deciders: list[int], confidence: float, runners: _RunnersUp) -> Match:
+    solution = outcome.solution
+    pairs = [outcome.pair_of[j] for j in deciders]
+    mean = {name: float(np.mean(values[pairs])) for name, values in solution.evidence.items()}
+    evidence = Evidence(
+        name=round(mean["name"], 4),
+        shape=round(0.5 + 0.5 * mean["layout"], 4),
+        size=1.0,
+        order=round(float(np.clip(0.5 + 0.5 * mean["rank"], 0, 1)), 4),
+        context=round(float(np.clip((mean["node"] + mean["template"] + mean["suffix"]) / 2, 0, 1)), 4),
+    )
+    return Match(
+        target=fed.target,
+        sources=fed.sources,
+        transform=fed.transform,
+        score=round(float(np.mean(solution.score[pairs])), 6),
+        confidence=round(confidence, 6),
+        evidence=evidence,
+        alternatives=runners.of(fed, confidence),
+    )
+
+
+class _RunnersUp:
+    """The best other sources of a key, for keys that are one item on both sides and took part in solving."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._position = {j: k for k, j in enumerate(outcome.reduction.target_kept)}
+        self._pairs: dict[int, list[int]] = defaultdict(list)
+        for k, t in enumerate(outcome.solution.t.tolist()):
+            self._pairs[t].append(k)
+
+    def of(self, fed: Fed, confidence: float) -> tuple[Alternative, ...]:
+        outcome, (j, *more) = self._outcome, fed.items
+        if more or j not in self._position or fed.target in outcome.tied:
+            return ()
+        solution, chosen = outcome.solution, outcome.pair_of.get(j)
+        others = [k for k in self._pairs[self._position[j]] if k != chosen and solution.score[k] > 0]
+        others.sort(key=lambda k: (-solution.score[k], k))
+        scores = np.array([solution.score[k] for k in others[:RUNNERS_UP]])
+        if not len(scores):
+            return ()
+        share = np.exp(scores - scores.max())
+        left = (1.0 - confidence) * share / share.sum()
+        found = []
+        for k, p in zip(others, left, strict=False):
+            item = outcome.source_items[outcome.reduction.source_kept[int(solution.s[k])]]
+            between = layout(item.shape, outcome.target_items[j].shape)
+            if between is not None and len(item.reals) == 1 and item.shape == outcome.source[item.reals[0]].shape:
+                found.append(Alternative(item.reals, between, round(float(p), 6)))
+        return tuple(found)

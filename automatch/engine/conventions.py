@@ -1,0 +1,187 @@
+"""What names mean: areas and parts of a network recognised in a key's words, from a readable table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import numpy as np
+
+from automatch.engine.sides import Side
+from automatch.keys import pieces_of
+
+Alias = tuple[tuple[str, ...], tuple[str, ...], str, str]  # context words, words, area, part
+
+
+Label = tuple[tuple[str, str] | None, tuple[str | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Conventions:
+    """Aliases by their last word; regions likewise."""
+
+    areas: Mapping[str, tuple[Alias, ...]]
+    regions: Mapping[str, Mapping[str, tuple[Alias, ...]]]
+    sets: tuple[Mapping[str, str], ...]
+
+
+def read_conventions(data: Mapping[str, object]) -> Conventions:
+    """Build the look-up from the table's JSON form."""
+    regions = {name: _by_last_word(name, parts) for name, parts in data["regions"].items()}  # type: ignore[attr-defined]
+    areas: dict[str, list[Alias]] = {}
+    for area, parts in data["areas"].items():  # type: ignore[attr-defined]
+        for word, aliases in _by_last_word(area, parts).items():
+            areas.setdefault(word, []).extend(aliases)
+    return Conventions({word: tuple(aliases) for word, aliases in areas.items()}, regions, tuple(data["sets"]))
+
+
+def _by_last_word(area: str, parts: Mapping[str, Sequence[str]]) -> dict[str, tuple[Alias, ...]]:
+    found: dict[str, list[Alias]] = {}
+    for part, aliases in parts.items():
+        for alias in aliases:
+            before, _, words = alias.rpartition(">")
+            run = tuple(words.split())
+            found.setdefault(run[-1], []).append((tuple(before.split()), run, area, part))
+    return {word: tuple(aliases) for word, aliases in found.items()}
+
+
+@lru_cache(maxsize=1)
+def shipped_conventions() -> Conventions:
+    """The table that comes with automatch."""
+    return read_conventions(json.loads(files("automatch.engine").joinpath("data/conventions.json").read_text()))
+
+
+def words_in_order(side: Side, i: int) -> tuple[str, ...]:
+    """The words of an item's key in order: loop numbers left out, name numbers glued to their word."""
+    words: list[str] = []
+    for depth, segment in enumerate(side.segments[i]):
+        loop = depth + 1 < len(side.paths[i]) and side.paths[i][depth + 1] in side.loop_nodes
+        words.extend(_segment_words(segment, loop))
+    return tuple(words)
+
+
+@lru_cache(maxsize=1 << 14)
+def _segment_words(segment: str, loop: bool) -> tuple[str, ...]:
+    words: list[str] = []
+    for piece in pieces_of(segment):
+        if isinstance(piece, str):
+            words.append(piece)
+        elif not loop and words:
+            words[-1] += str(piece)
+        elif not loop:
+            words.append(str(piece))
+    return tuple(words)
+
+
+LEAVES = frozenset(
+    (
+        "weight",
+        "bias",
+        "kernel",
+        "gamma",
+        "beta",
+        "scale",
+        "running",
+        "mean",
+        "var",
+        "moving",
+        "variance",
+        "embedding",
+        "w",
+        "b",
+        "embeddings",
+        "gain",
+    )
+)
+
+
+def concept(words: tuple[str, ...], table: Conventions) -> tuple[str, str] | None:
+    """The (area, part) that the words name, or None: the alias that ends last, then the longest, wins."""
+    end = len(words)
+    while end > 1 and words[end - 1] in LEAVES:
+        end -= 1
+    best, best_rank = None, (-1.0, -1.0)
+    for stop in range(end, max(0, end - 2), -1):
+        for context, run, area, part in table.areas.get(words[stop - 1], ()):
+            start = stop - len(run)
+            if start >= 0 and words[start:stop] == run and (not context or _contains(words[:start], context)):
+                rank = (float(stop), len(run) + 0.5 * len(context))
+                if rank > best_rank:
+                    best, best_rank = (area, part), rank
+        if best is not None:
+            return best
+    return None
+
+
+def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tuple[str, str]]:
+    """(node of the parent, child segment) to (area, part), where the children of a module form a known set together."""
+    result: dict[tuple[int, str], tuple[str, str]] = {}
+    for node in side.nodes:
+        names = {"".join(map(str, pieces_of(segment))): segment for segment in node.children}
+        for known in table.sets:
+            if known.keys() <= names.keys():
+                for name, meaning in known.items():
+                    area, _, part = meaning.partition(" ")
+                    result.setdefault((node.id, names[name]), (area, part))
+    return result
+
+
+def regions(words: tuple[str, ...], table: Conventions) -> tuple[str | None, ...]:
+    """For every kind of region (stack, modality, branch) the one the words name first, or None."""
+    result: list[str | None] = []
+    for aliases in table.regions.values():
+        result.append(
+            next(
+                (
+                    part
+                    for stop in range(1, len(words) + 1)
+                    for _, run, _, part in aliases.get(words[stop - 1], ())
+                    if words[max(0, stop - len(run)) : stop] == run
+                ),
+                None,
+            )
+        )
+    return tuple(result)
+
+
+def _contains(words: tuple[str, ...], run: tuple[str, ...]) -> bool:
+    return any(words[i : i + len(run)] == run for i in range(len(words) - len(run) + 1))
+
+
+def concept_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, table: Conventions) -> tuple[np.ndarray, np.ndarray]:
+    """Agreement in [-1, 1] of what the names of each pair mean, and of the regions they lie in."""
+    names_t = [words_in_order(target, j) for j in range(target.n)]
+    names_s = [words_in_order(source, i) for i in range(source.n)]
+    known = {name: (concept(name, table), regions(name, table)) for name in dict.fromkeys((*names_t, *names_s))}
+    labels_t, labels_s = _labels(target, names_t, known, table), _labels(source, names_s, known, table)
+    unique = {label: n for n, label in enumerate(dict.fromkeys((*labels_t, *labels_s)))}
+    agree = np.zeros((len(unique), len(unique)))
+    where = np.zeros((len(unique), len(unique)))
+    for a, i in unique.items():
+        for b, j in unique.items():
+            agree[i, j] = _agreement(a[0], b[0])
+            where[i, j] = sum((x == y) - (x != y) for x, y in zip(a[1], b[1], strict=True) if x is not None and y is not None)
+    of_t = np.array([unique[label] for label in labels_t])
+    of_s = np.array([unique[label] for label in labels_s])
+    return agree[of_t[t], of_s[s]], np.clip(where[of_t[t], of_s[s]], -1, 1)
+
+
+def _labels(side: Side, names: Sequence[tuple[str, ...]], known: Mapping[tuple[str, ...], Label], table: Conventions) -> list[Label]:
+    sets = sibling_concepts(side, table)
+    labels = []
+    for i, name in enumerate(names):
+        path, segments = side.paths[i], side.segments[i]
+        found = sets.get((path[-2], segments[-2])) if len(path) > 1 else None
+        labels.append((found, known[name][1]) if found else known[name])
+    return labels
+
+
+def _agreement(a: tuple[str, str] | None, b: tuple[str, str] | None) -> float:
+    if a is None or b is None:
+        return 0.0
+    if a == b:
+        return 1.0
+    return -1.0 if a[0] == b[0] else -0.7

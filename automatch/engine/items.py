@@ -1,0 +1,76 @@
+"""Items: what is matched. A key of its own, a part of a fused tensor, or a stack of repeated tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from automatch.keys import segments_of
+from automatch.specs import StateSpec
+from automatch.transforms import Copy, Transform
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a part in a fused target: the ``index``-th of ``count`` along ``dim`` of ``key``."""
+
+    key: str
+    dim: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to match.
+
+    Args:
+        key: the key, or an invented one for a virtual item.
+        shape: its shape.
+        kind: parameter, buffer, or None where unknown.
+        owner: class name of the owning module, or None.
+        reals: the keys it stands for.
+        how: on the source side, from the tensors of `reals` to this item.
+        spread: on the target side, from this item to each tensor of `reals`.
+        slot: on the target side, the place in a fused tensor (then `reals` holds that tensor's key).
+    """
+
+    key: str
+    shape: Shape
+    kind: str | None
+    owner: str | None
+    reals: tuple[str, ...]
+    how: Transform = Copy()  # noqa: RUF009 - a frozen value
+    spread: tuple[Transform, ...] = (Copy(),)
+    slot: Slot | None = None
+
+
+def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
+    """One item per entry; an ending that all keys share (TensorFlow's ``/.ATTRIBUTES/VARIABLE_VALUE``) is left out."""
+    skipped = set(without)
+    entries = [tensor for tensor in spec if tensor.key not in skipped]
+    ending = _common_ending([tensor.key for tensor in entries])
+    return [Item(t.key[: len(t.key) - len(ending)], t.shape, t.kind, t.owner, (t.key,)) for t in entries]
+
+
+def _common_ending(keys: list[str]) -> str:
+    """The whole segments at the end that all of more than two keys share, beyond which every key has two segments left."""
+    if len(keys) < 3:
+        return ""
+    ending = commonprefix([key[::-1] for key in keys])[::-1]
+    cut = min((i for i in (ending.find("."), ending.find("/")) if i >= 0), default=-1)
+    ending = ending[cut:] if cut >= 0 else ""
+    return ending if all(len(segments_of(key[: len(key) - len(ending)])) > 1 for key in keys) else ""
+
+
+def canonical(shape: Shape) -> Shape:
+    """The dimensions above 1 in ascending order: equal for tensors that are a reshape by 1s or a permutation apart."""
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def squeezed(shape: Shape) -> Shape:
+    """The dimensions above 1, in order."""
+    return tuple(size for size in shape if size != 1)

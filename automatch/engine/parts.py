@@ -1,0 +1,263 @@
+"""Virtual items: merged axes, stacked repetitions and split fused tensors, so that matching is one to one.
+
+Each step looks for shapes that one side has and the other lacks, while the other has what they would be
+made of. Nothing is decided here: a virtual item that finds no partner stays unmatched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from automatch.engine.columns import Columns
+from automatch.engine.items import Item, Shape, Slot, canonical
+from automatch.keys import pieces_of, segments_of, template_of
+from automatch.transforms import Copy, Reshape, Slice, Stack, chain
+
+PARTS = {3: ("q", "k", "v"), 2: ("k", "v")}
+GATED = ("gate", "up")
+
+
+def with_virtual_items(source: Sequence[Item], target: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Both sides with their axes merged, repetitions stacked and fused tensors split where the other side asks for it."""
+    source, target = merge_axes(source, target, is_target=False), merge_axes(target, source, is_target=True)
+    source, target = stack_repeats(source, target, is_target=False), stack_repeats(target, source, is_target=True)
+    return split_fused(source, target, is_target=False), split_fused(target, source, is_target=True)
+
+
+# ---- axes ------------------------------------------------------------------------------------------------
+
+
+def merge_axes(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
+    """Merge neighbouring axes (heads, head size) of shapes the other side has only as one axis."""
+    known = {canonical(item.shape) for item in others}
+    found: dict[Shape, Shape | None] = {}
+    result = []
+    for item in items:
+        shape = item.shape
+        if shape not in found:
+            found[shape] = None if canonical(shape) in known else next((m for m in _merged(shape) if canonical(m) in known), None)
+        merged = found[shape]
+        if merged is not None:
+            item = replace(
+                item, shape=merged, how=Copy() if is_target else Reshape(merged), spread=(Reshape(shape),) if is_target else item.spread
+            )
+        result.append(item)
+    return result
+
+
+def _merged(shape: Shape) -> list[Shape]:
+    """The shapes that merging two or more neighbouring axes gives, fewest merged first."""
+    n = len(shape)
+    spans = [(i, j) for width in range(2, n + 1) for i in range(n - width + 1) for j in (i + width,)]
+    return [(*shape[:i], math.prod(shape[i:j]), *shape[j:]) for i, j in spans if min(shape[i:j]) > 1 and (j - i < n or n == 2)]
+
+
+# ---- repetitions -------------------------------------------------------------------------------------------
+
+
+def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
+    """Stack tensors of numbered siblings (experts) that the other side holds as one tensor."""
+    places = Columns([i.key for i in items], [i.shape for i in items]).place()
+    other_places = Columns([i.key for i in others], [i.shape for i in others]).place()
+    repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=True) if place[2]}
+    shapes = Counter(item.shape for item in others)
+    mine, theirs = Counter(canonical(item.shape) for item in items), Counter(canonical(item.shape) for item in others)
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    for i, (column, coordinates, dims) in enumerate(places):
+        if dims and len(items[i].reals) == 1 and _numbered(items[i].key, column):
+            groups[column, coordinates[:-1]].append(i)
+    stacked: dict[int, Item] = {}
+    dropped: set[int] = set()
+    wanted: dict[tuple[int, Shape], Shape | None] = {}
+    outer = Counter((column, len(members)) for (column, _), members in groups.items())
+    for (column, _), members in groups.items():
+        members.sort(key=lambda i: places[i][1][-1])
+        n, shape = len(members), items[members[0]].shape
+        if (n, shape) not in wanted:
+            common = 2 * theirs[canonical(shape)] > mine[canonical(shape)]
+            wanted[n, shape] = (
+                None if (n, canonical(shape)) in repeated or not shape or common else _stacked_shape(n, shape, shapes, outer[column, n])
+            )
+        whole = wanted[n, shape]
+        if whole is not None:
+            stacked[members[0]] = _stack([items[i] for i in members], whole, is_target)
+            dropped.update(members[1:])
+    return [stacked.get(i, item) for i, item in enumerate(items) if i not in dropped]
+
+
+def _numbered(key: str, column: str) -> bool:
+    """Whether the innermost repetition is a list of its own (``experts.0``), not a numbered name (``norm1``)."""
+    segments = column.split("/")
+    innermost = max((i for i, segment in enumerate(segments) if "~" in segment), default=-1)
+    return innermost >= 0 and segments_of(key)[innermost].isdigit()
+
+
+def _stacked_shape(n: int, shape: Shape, shapes: Counter[Shape], groups: int) -> Shape | None:
+    """The shape under which the other side holds n tensors of ``shape``: stacked, stacked and fused, or concatenated."""
+    whole = (n, *shape)
+    fused = [(n, *shape[:i], 2 * shape[i], *shape[i + 1 :]) for i in range(len(shape))]
+    leading: Counter[Shape] = Counter()
+    for other, count in shapes.items():
+        if len(other) == len(whole) and other[0] == n:
+            leading[canonical(other)] += count
+    if any(leading[canonical(s)] >= groups for s in [whole, *fused]):
+        return whole
+    if len(shape) == 2:
+        for flat in ((n * shape[0], shape[1]), (n * shape[1], shape[0])):
+            if shapes[flat] >= groups and n > 2:
+                return flat
+    return None
+
+
+def _stack(members: Sequence[Item], whole: Shape, is_target: bool) -> Item:
+    first = members[0]
+    n, shape = len(members), first.shape
+    flat = len(whole) == len(shape)
+    key = _without_index(members)
+    reals = tuple(item.reals[0] for item in members)
+    if not is_target:
+        how = chain(Stack(0), *((Reshape(whole),) if flat and whole[1] == shape[1] else ()))
+        if flat and whole[1] != shape[1]:
+            from automatch.transforms import Permute
+
+            how = chain(Stack(0), Permute((0, 2, 1)), Reshape(whole))
+        return replace(first, key=key, shape=whole, reals=reals, how=how)
+    length = whole[0] // n
+    back = []
+    for i in range(n):
+        part = Slice(0, i * length, length)
+        if flat:
+            from automatch.transforms import Permute
+
+            back.append(part if whole[1] == shape[1] else chain(part, Permute((1, 0))))
+        else:
+            back.append(chain(part, Reshape(shape)))
+    return replace(first, key=key, shape=whole, reals=reals, spread=tuple(back))
+
+
+def _without_index(members: Sequence[Item]) -> str:
+    a, b = segments_of(members[0].key), segments_of(members[-1].key)
+    kept = [x for x, y in zip(a, b, strict=True) if x == y]
+    return ".".join(kept)
+
+
+# ---- fused tensors -----------------------------------------------------------------------------------------
+
+
+def split_fused(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
+    """Split tensors that the other side lacks into parts that the other side has in surplus."""
+    mine = Counter(canonical(item.shape) for item in items)
+    theirs = Counter(canonical(item.shape) for item in others)
+    by_template: dict[tuple[str, Shape], list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        have, want = theirs[canonical(item.shape)], mine[canonical(item.shape)]
+        if len(item.reals) == 1 and (not have or (have < want and hinted_parts(item.key))):
+            by_template[template_of(item.key), item.shape].append(i)
+    plans: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for (_, shape), members in by_template.items():
+        if len(shape) < 2 and not hinted_parts(items[members[0]].key):
+            continue
+        plan = _plan(items[members[0]].key, shape, len(members), mine, theirs)
+        if plan:
+            plans.update(dict.fromkeys(members, plan))
+    plans.update(_biases(items, plans))
+    result: list[Item] = []
+    for i, item in enumerate(items):
+        result.extend(_split(item, *plans[i], is_target=is_target) if i in plans else [item])
+    return result
+
+
+def _biases(items: Sequence[Item], plans: Mapping[int, tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """A vector is split only beside the matrix it belongs to, into parts of the same lengths."""
+    lengths = {(template_of(_stem(items[i].key)), sum(plan[1])): plan[1] for i, plan in plans.items()}
+    result = {}
+    for i, item in enumerate(items):
+        if len(item.shape) == 1 and len(item.reals) == 1:
+            found = lengths.get((template_of(_stem(item.key)), item.shape[0]))
+            if found:
+                result[i] = (0, found)
+    return result
+
+
+def _stem(key: str) -> str:
+    """What a weight and its bias have in common."""
+    return key.replace("weight", "").replace("kernel", "").replace("bias", "")
+
+
+def _plan(key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Counter[Shape]) -> tuple[int, tuple[int, ...]] | None:
+    """Along which axis a fused tensor falls into which lengths, or None."""
+    best, best_score = None, 0.0
+    hint = hinted_parts(key)
+    for dim, size in enumerate(shape):
+        rest = shape[:dim] + shape[dim + 1 :]
+        options: list[tuple[int, ...]] = []
+        if size % 3 == 0:
+            options.append((size // 3,) * 3)
+        if size % 2 == 0:
+            options.append((size // 2,) * 2)
+        options.extend(_grouped(size, rest, theirs))
+        for lengths in options:
+            need = Counter(canonical((*rest, length)) for length in lengths)
+            surplus = min((theirs[p] - mine[p]) / (n * count) for p, n in need.items())
+            if min(lengths) < 2 or surplus < 0.5 or (hint and hint != len(lengths)):
+                continue
+            score = min(surplus, 1.0) + 0.1 * (hint == len(lengths)) + 0.05 * len(lengths)
+            if score > best_score:
+                best, best_score = (dim, lengths), score
+    return best
+
+
+def _grouped(size: int, rest: Shape, theirs: Counter[Shape]) -> list[tuple[int, ...]]:
+    """(queries, keys, values) of grouped-query attention: two equal short parts and one a multiple as long."""
+    result = []
+    for shape in theirs:
+        for short in set(shape):
+            long = size - 2 * short
+            if long > short and long % short == 0 and canonical((*rest, short)) == shape and canonical((*rest, long)) in theirs:
+                result.append((long, short, short))
+    return sorted(set(result))
+
+
+def hinted_parts(key: str) -> int:
+    """How many parts the name of a fused tensor promises; 0 where it says nothing."""
+    words = "".join(str(piece) for segment in segments_of(key)[-2:] for piece in pieces_of(segment))
+    if "qkv" in words or "querykeyvalue" in words or "inproj" in words:
+        return 3
+    if "kv" in words or "gateup" in words or "w13" in words or "keyvalue" in words:
+        return 2
+    return 0
+
+
+def part_names(key: str, count: int) -> tuple[str, ...]:
+    """Names for the parts, in the order the field fuses them."""
+    words = "".join(str(piece) for segment in segments_of(key)[-2:] for piece in pieces_of(segment))
+    if count == 2:
+        return PARTS[2] if "kv" in words or "keyvalue" in words or "attn" in words or "attention" in words else GATED
+    return PARTS[3]
+
+
+def _split(item: Item, dim: int, lengths: tuple[int, ...], *, is_target: bool) -> list[Item]:
+    segments = segments_of(item.key)
+    leaf = pieces_of(segments[-1])
+    own_module = leaf and leaf[-1] in ("weight", "bias", "kernel") and len(leaf) == 1
+    stem = segments[:-2] if own_module else segments[:-1]
+    ending = segments[-1] if own_module else ("bias" if "bias" in leaf else "weight")
+    parts = []
+    start = 0
+    for index, (name, length) in enumerate(zip(part_names(item.key, len(lengths)), lengths, strict=True)):
+        shape = (*item.shape[:dim], length, *item.shape[dim + 1 :])
+        key = ".".join([*stem, name, ending])
+        if is_target:
+            parts.append(replace(item, key=key, shape=shape, slot=Slot(item.reals[0], dim, index, len(lengths))))
+        else:
+            parts.append(replace(item, key=key, shape=shape, how=chain(item.how, Slice(dim, start, length))))
+        start += length
+    return parts
+
+
+def size_of(shape: Shape) -> int:
+    """Number of elements."""
+    return math.prod(shape)

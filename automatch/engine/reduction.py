@@ -1,0 +1,86 @@
+"""Solving repeated structure once: which items take part, and how their answer extends to the others."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from automatch.engine.columns import Columns, Coordinates, is_kept
+from automatch.engine.items import Item
+
+Place = tuple[str, Coordinates, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """Which items of both sides take part (positions), and where every item stands."""
+
+    source_kept: tuple[int, ...]
+    target_kept: tuple[int, ...]
+    source_places: list[Place]
+    target_places: list[Place]
+
+
+def reduce_repeats(source: Sequence[Item], target: Sequence[Item], *, exhaustive: bool = False) -> Reduction:
+    """Leave out the inner members of long classes that both sides have in the same length."""
+    sides = [Columns([i.key for i in items], [i.shape for i in items]) for items in (source, target)]
+    sizes = set() if exhaustive else sides[0].sizes & sides[1].sizes
+    places = [side.place(sizes) for side in sides]
+    kept = [tuple(i for i, (_, coordinates, dims) in enumerate(p) if is_kept(coordinates, dims)) for p in places]
+    return Reduction(kept[0], kept[1], places[0], places[1])
+
+
+def expand(reduction: Reduction, solved: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+    """Extend an assignment of kept items to all items: target position to (source position, deciding target position).
+
+    Args:
+        reduction: what was left out.
+        solved: target position to source position, of kept items only.
+    """
+    source_at = {(column, coordinates): i for i, (column, coordinates, _) in enumerate(reduction.source_places)}
+    columns: dict[str, list[int]] = defaultdict(list)
+    for j, (column, _, _) in enumerate(reduction.target_places):
+        columns[column].append(j)
+    kept = set(reduction.target_kept)
+    result = {j: (i, j) for j, i in solved.items()}
+    for members in columns.values():
+        dims = reduction.target_places[members[0]][2]
+        if not dims or len(members) == sum(j in kept for j in members):
+            continue
+        representatives = [j for j in members if j in solved]
+        if not representatives:
+            continue
+        rule = _rule(reduction, solved, representatives, dims)
+        if rule is None:
+            continue
+        column, flips, leader = rule
+        for j in members:
+            if j in kept:
+                continue
+            coordinates = tuple(n - 1 - c if flip else c for c, n, flip in zip(reduction.target_places[j][1], dims, flips, strict=True))
+            i = source_at.get((column, coordinates))
+            if i is not None:
+                result[j] = (i, leader)
+    return result
+
+
+def _rule(
+    reduction: Reduction, solved: Mapping[int, int], representatives: Sequence[int], dims: tuple[int, ...]
+) -> tuple[str, tuple[bool, ...], int] | None:
+    """The source column most representatives go to, which of its coordinates run backwards, and one that says so."""
+    votes: Counter[tuple[str, tuple[bool, ...]]] = Counter()
+    leaders: dict[tuple[str, tuple[bool, ...]], int] = {}
+    for j in representatives:
+        column, coordinates, source_dims = reduction.source_places[solved[j]]
+        if source_dims != dims:
+            continue
+        mine = reduction.target_places[j][1]
+        flips = tuple(c != d for c, d in zip(mine, coordinates, strict=True))
+        if all(not flip or c == n - 1 - d for flip, c, d, n in zip(flips, mine, coordinates, dims, strict=True)):
+            votes[column, flips] += 1
+            leaders.setdefault((column, flips), j)
+    if not votes:
+        return None
+    best, _ = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
+    return (*best, leaders[best])

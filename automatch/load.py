@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from automatch.adapt import explain_mismatch, resized_source
 from automatch.apply import convert, open_source
 from automatch.errors import ModelError
 from automatch.mapped import MappedCheckpoint
@@ -121,16 +122,20 @@ def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> 
         adapted=plan.adapted,
         to_train=tuple(parameters[key] for key in to_train),
         mapping=plan.whole,
-        warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(model, missing)),
+        warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(plan, model, missing)),
         to_train_keys=to_train,
     )
 
 
-def _left_warnings(model: nn.Module, missing: tuple[str, ...]) -> tuple[str, ...]:
+def _left_warnings(plan: LoadPlan, model: nn.Module, missing: tuple[str, ...]) -> tuple[str, ...]:
     """What keeps its initial value, and what has no value at all."""
     found: list[str] = []
     if missing:
         found.append(f"{len(missing)} keys keep their initial values: {shorten(missing)}")
+    for key in missing:
+        resized = resized_source(key, plan.chosen)
+        if resized is not None:
+            found.append(f"size mismatch for {key!r} with {resized.key!r}: {explain_mismatch(key, resized.shape, plan.target[key].shape)}")
     empty = [key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         found.append(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from automatch.errors import MappingError, TransformError
 from automatch.mapping import KeyMapping, Match
-from automatch.positions import NoUniqueOrder, place_keys
+from automatch.positions import NoUniqueOrder, first_key, place_keys
 from automatch.specs import dtype_name, is_tensor
 from automatch.transforms import Copy, apply_transform
 
@@ -53,12 +53,13 @@ def remap_optimizer_state(
             f"the saved optimizer has {len(groups)} parameter groups, the new one has {len(new_groups)}; "
             f"build the optimizer with the same groups, or {_DROP}"
         )
-    matches = {match.target: match for match in mapping.matches}
+    targets, sources = mapping.target.spec, mapping.source.spec
+    matches = {first_key(targets, match.target): match for match in mapping.matches}
     of_key = _state_by_key(state, groups, new_groups, mapping, names)
     moved: dict[Any, dict[str, Any]] = {}
     for _, key, index in _positions(new_groups):
         match = matches.get(key)
-        entries = [] if match is None else [of_key.get(source, {}) for source in match.sources]
+        entries = [] if match is None else [of_key.get(first_key(sources, source), {}) for source in match.sources]
         if match is not None and any(entries):
             moved[index] = _follow(match, entries)
     empty: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
@@ -102,15 +103,18 @@ def _state_by_key(
     entries: Mapping[Any, Mapping[str, Any]] = state["state"]
     indices: list[list[Any]] = [list(group["params"]) for group in groups]
     flat = [index for group in indices for index in group]
+    if names is None and all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    if names is None and all(isinstance(index, str) for index in flat):
+        names = flat
     if names is not None:
         if len(names) != len(flat):
             raise MappingError(f"names has {len(names)} keys, the saved optimizer holds {len(flat)} parameters")
+        if not set(names) & {key for match in mapping.matches for key in match.sources} and mapping.matches:
+            raise MappingError(
+                f"the saved optimizer names parameters like {names[0]!r}, none of which the mapping uses; pass names=[checkpoint keys]"
+            )
         return {key: entries[index] for key, index in zip(names, flat, strict=True) if index in entries}
-    if all(isinstance(index, str) for index in flat):
-        return dict(entries)
-    if all("param_names" in group for group in groups):
-        saved: list[str] = [name for group in groups for name in group["param_names"]]
-        return {key: entries[index] for key, index in zip(saved, flat, strict=True) if index in entries}
     found: dict[str, Mapping[str, Any]] = {}
     for number, (group, new_group) in enumerate(zip(indices, new_groups, strict=True)):
         shapes = [_parameter_shape(entries.get(index, {})) for index in group]

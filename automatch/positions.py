@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from automatch.mapping import KeyMapping
-from automatch.specs import TensorSpec
+from automatch.specs import StateSpec, TensorSpec
 
 Shape = tuple[int, ...]
 
@@ -32,15 +32,22 @@ def place_keys(mapping: KeyMapping, targets: Iterable[str], shapes: Sequence[Sha
     if spec is None:
         raise NoUniqueOrder("the mapping does not hold the checkpoint's keys")
     wanted = set(targets)
-    required = {key for match in mapping.matches if match.target in wanted for key in match.sources}
-    required = {spec[key].alias_of or key for key in required}
-    elsewhere = {key for match in mapping.matches if match.target not in wanted for key in match.sources}
+    model = mapping.target.spec
+    required: set[str] = set()
+    elsewhere: set[str] = set()
+    for match in mapping.matches:
+        (required if first_key(model, match.target) in wanted else elsewhere).update(first_key(spec, key) for key in match.sources)
     keys = [t for t in spec if t.alias_of is None and (t.key in required or (t.key not in elsewhere and _may_be_parameter(t)))]
     if len(required) == len(shapes) and len(keys) != len(required):
         keys = [t for t in keys if t.key in required]  # nothing else has room
     if len(required) > len(shapes):
         raise NoUniqueOrder(f"{len(shapes)} positions, but {len(required)} keys")
     return _align(keys, required, shapes)
+
+
+def first_key(spec: StateSpec | None, key: str) -> str:
+    """The key under which a tensor is listed first: the key itself, unless it is tied to an earlier one."""
+    return key if spec is None or key not in spec else spec[key].alias_of or key
 
 
 def _may_be_parameter(tensor: TensorSpec) -> bool:

@@ -37,6 +37,8 @@ def prepare_state(model: nn.Module, target: StateSpec, state: Mapping[str, torch
 def _check(key: str, tensor: torch.Tensor, kind: str | None, current: torch.Tensor) -> None:
     if tensor.is_meta:
         raise LoadError(f"the checkpoint's tensor for {key!r} is on the meta device and has no values; the model is unchanged")
+    if type(current).__name__ == "DTensor":
+        raise LoadError(f"{key!r} of the model is sharded over several processes; load it with automatch.distributed.load")
     if tuple(tensor.shape) != tuple(current.shape):
         raise LoadError(
             f"size mismatch for {key!r}: checkpoint {tuple(tensor.shape)}, model {tuple(current.shape)}; the model is unchanged"

@@ -159,6 +159,10 @@ def test_a_resized_head_is_refused_until_it_is_asked_for():
     with pytest.raises(LoadError, match=r"another number of classes.*\(10, 4\), model \(4, 4\).*adapt="):
         automatch.load(model, ckpt, mapping=mapping)
     assert_unchanged(model, before)
+    report = automatch.load(model, ckpt, mapping=mapping, strict=False)
+    assert any(
+        text.startswith("size mismatch for 'head.weight' with 'net.head.weight': another number of classes") for text in report.warnings
+    )
     report = automatch.load(model, ckpt, mapping=mapping, adapt={"head.*": "rows"})
     assert torch.equal(model.head.weight, ckpt["net.head.weight"][:4])
     assert report.adapted["head.weight"].startswith("rows: another number of classes")

@@ -192,3 +192,41 @@ def test_states_that_disagree_are_refused():
         remap_optimizer_state({"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}, mapping, optimizer, model)
     with pytest.raises(MappingError, match="no parameter of Linear"):
         remap_optimizer_state(saved({}, {}), mapping, optimizer, nn.Linear(2, 2))
+
+
+class Tied(nn.Module):
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(3, 3, bias=False))
+        getattr(self, names[1]).weight = getattr(self, names[0]).weight
+        self.free = nn.Linear(3, 3, bias=False)
+
+
+def test_moments_of_tied_parameters_follow_under_either_key(tmp_path):
+    old, new = Tied(("embed", "head")), Tied(("b", "a"))
+    optimizer = torch.optim.Adam(old.parameters())
+    sum(p.square().sum() for p in old.parameters()).backward()
+    optimizer.step()
+    torch.save(old.state_dict(), tmp_path / "c.pt")  # ties are known from the file
+    for feeds in ({"a.weight": "head.weight"}, {"b.weight": "embed.weight"}, {"b.weight": "head.weight"}):
+        mapping = mapping_of(new, tmp_path / "c.pt", feeds | {"free.weight": "free.weight"})
+        moved = remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adam(new.parameters()), new)
+        assert torch.equal(moved["state"][0]["exp_avg"], optimizer.state[old.embed.weight]["exp_avg"])
+        assert torch.equal(moved["state"][1]["exp_avg"], optimizer.state[old.free.weight]["exp_avg"])
+
+
+def test_names_under_another_prefix_are_not_taken_for_nothing():
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.Adam([(f"module.{key}", value) for key, value in old.named_parameters()])
+    mapping = mapping_of(new, old.state_dict(), {"weight": "weight", "bias": "bias"})
+    with pytest.raises(MappingError, match=r"names parameters like 'module.weight', none of which the mapping uses; pass names="):
+        remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adam(new.parameters()), new)
+
+
+def test_states_by_name_need_no_positions():
+    old, new = nn.Linear(2, 2), nn.ModuleDict({"x": nn.Linear(2, 2)})
+    state = {"state": {"weight": {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"lr": 0.1, "params": ["bias", "weight"]}]}
+    mapping = mapping_of(new, old.state_dict(), {"x.weight": "weight", "x.bias": "bias"})
+    moved = remap_optimizer_state(state, mapping, torch.optim.Adam(new.parameters()), new)
+    assert set(moved["state"]) == {0}

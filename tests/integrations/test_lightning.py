@@ -319,3 +319,61 @@ def test_the_snapshot_callback_and_what_it_is_good_for(pl, tmp_path):
     assert torch.allclose(new.layers["z"].weight, again.layers["c"].weight, atol=1e-6)
     moments = [resumed.optimizers[0].state[new.layers["x"].weight], expected.optimizers[0].state[again.layers["a"].weight]]
     assert torch.allclose(moments[0]["exp_avg"], moments[1]["exp_avg"], atol=1e-6)
+
+
+def test_stochastic_weight_averaging_resumes(pl, tmp_path):
+    v1, v2 = modules(pl, "sgd", 1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+    def run(model: Any, epochs: int, ckpt_path: Any = None, *callbacks: Any) -> Any:
+        averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=2)
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, "swa-{epoch}", save_top_k=-1)
+        trainer = pl.Trainer(max_epochs=epochs, callbacks=[*callbacks, averaging, saving], **quiet)
+        trainer.fit(model, batches(), ckpt_path=ckpt_path)
+        return trainer
+
+    pl.seed_everything(7, verbose=False)
+    run(v1(), 6)
+    path = tmp_path / "swa-epoch=2.ckpt"
+    assert torch.load(path, weights_only=False)["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+    unchanged, refactored = v1(), v2()
+    run(unchanged, 6, path)
+    match = automatch.lightning.AutoMatch(mapping=mapping_of(refactored, torch.load(path, weights_only=False)["state_dict"], FEEDS))
+    run(refactored, 6, path, match)
+    assert refactored.losses == pytest.approx(unchanged.losses, rel=1e-9)
+    assert torch.allclose(refactored.body["bn"].running_var, unchanged.norm.running_var, rtol=1e-9)
+    assert torch.allclose(refactored.head["classifier"].weight, unchanged.out.weight, rtol=1e-9)
+
+
+def test_several_optimizers_each_follow(pl, tmp_path):
+    class Pair(pl.LightningModule):
+        def __init__(self, names: tuple[str, str]) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.losses: list[float] = []
+            self.order = sorted(names)
+            for name in names:
+                setattr(self, name, nn.Linear(6, 6).double())
+
+        def training_step(self, batch: Any, _: int) -> None:
+            first, second = (getattr(self, name) for name in self.order)
+            for optimizer in self.optimizers():
+                loss = (second(first(batch[0]).relu()) - batch[0]).square().mean()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.losses.append(loss.item())
+
+        def configure_optimizers(self) -> Any:
+            first, second = (getattr(self, name) for name in self.order)
+            return [torch.optim.Adam(first.parameters(), lr=0.01), torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.9)]
+
+    pl.seed_everything(7, verbose=False)
+    path = tmp_path / "pair.ckpt"
+    fit(pl, Pair(("a", "b")), 2, tmp_path, []).save_checkpoint(path)
+    unchanged, renamed = Pair(("a", "b")), Pair(("y", "x"))
+    feeds = {f"{new}.{leaf}": f"{old}.{leaf}" for new, old in ("xa", "yb") for leaf in ("weight", "bias")}
+    mapping = mapping_of(renamed, torch.load(path)["state_dict"], feeds)
+    fit(pl, unchanged, 4, tmp_path, [], path)
+    fit(pl, renamed, 4, tmp_path, [automatch.lightning.AutoMatch(mapping=mapping)], path)
+    assert renamed.losses == pytest.approx(unchanged.losses, rel=1e-9)

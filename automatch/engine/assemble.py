@@ -62,11 +62,21 @@ def _concat(
     key: str, sources: Sequence[Item], shapes: Sequence[tuple[int, ...]], dim: int, items: tuple[int, ...], tail: Transform
 ) -> Fed | None:
     real = tuple(s.reals[0] for s in sources)
-    if all(s.shape == shape and isinstance(s.how, Copy) for s, shape in zip(sources, shapes, strict=True)):
+    plain = all(isinstance(s.how, Copy) for s in sources)
+    if plain and all(s.shape == shape for s, shape in zip(sources, shapes, strict=True)):
         return Fed(key, real, chain(Concat(dim), tail), items)
-    if all(len(s.shape) == 2 and s.shape == shape[::-1] and isinstance(s.how, Copy) for s, shape in zip(sources, shapes, strict=True)):
+    if plain and all(len(s.shape) == 2 and s.shape == shape[::-1] for s, shape in zip(sources, shapes, strict=True)):
         return Fed(key, real, chain(Concat(1 - dim), Permute((1, 0)), tail), items)
-    return None
+    if len({s.shape for s in sources}) != 1 or len({*shapes}) != 1 or len(shapes[0]) > 2:
+        return None
+    k, shape = len(sources), sources[0].shape
+    steps: list[Transform] = [Stack(0), Reshape((k, *shape))]
+    if shape != shapes[0]:
+        steps.append(Permute((0, 2, 1)))
+    if dim == 1:
+        steps.append(Permute((1, 0, 2)))
+    whole = (*shapes[0][:dim], k * shapes[0][dim], *shapes[0][dim + 1 :])
+    return Fed(key, real, chain(*steps, Reshape(whole), tail), items)
 
 
 def _stack_and_fuse(key: str, sources: Sequence[Item], dim: int, items: tuple[int, ...], tail: Transform) -> Fed | None:

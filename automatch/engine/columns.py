@@ -58,7 +58,7 @@ class Columns:
                 if template != segment and child.shape is None:
                     classes[template, child.signature].append((segment, child))
             for number, ((template, _), members) in enumerate(classes.items()):
-                if len(members) > 1:
+                if len(members) >= LONG or (len(members) > 1 and all(segment.isdigit() for segment, _ in members)):
                     members.sort(key=lambda m: natural_order(m[0]))
                     for rank, (_, child) in enumerate(members):
                         self._ranks[id(child)] = (rank, len(members), f"{template}~{number}")

@@ -103,14 +103,13 @@ def concept(words: tuple[str, ...], table: Conventions) -> tuple[str, str] | Non
     end = len(words)
     while end > 1 and words[end - 1] in LEAVES:
         end -= 1
-    best, best_rank = None, (-1.0, -1.0)
-    for stop in range(end, max(0, end - 2), -1):
+    for stop in range(len(words), max(0, end - 2), -1):
+        best, longest = None, 0.0
         for context, run, area, part in table.areas.get(words[stop - 1], ()):
             start = stop - len(run)
-            if start >= 0 and words[start:stop] == run and (not context or _contains(words[:start], context)):
-                rank = (float(stop), len(run) + 0.5 * len(context))
-                if rank > best_rank:
-                    best, best_rank = (area, part), rank
+            length = len(run) + 0.5 * len(context)
+            if start >= 0 and length > longest and words[start:stop] == run and (not context or _contains(words[:start], context)):
+                best, longest = (area, part), length
         if best is not None:
             return best
     return None
@@ -176,7 +175,23 @@ def _labels(side: Side, names: Sequence[tuple[str, ...]], known: Mapping[tuple[s
         path, segments = side.paths[i], side.segments[i]
         found = sets.get((path[-2], segments[-2])) if len(path) > 1 else None
         labels.append((found, known[name][1]) if found else known[name])
-    return labels
+    return _branches(side, labels, list(table.regions).index("branch"))
+
+
+def _branches(side: Side, labels: list[Label], kind: int) -> list[Label]:
+    """Give an item without a region of this kind the only one that its module's other entries have."""
+    around: dict[int, set[str]] = {}
+    for path, (_, where) in zip(side.paths, labels, strict=True):
+        if where[kind] is not None:
+            for node in path[-3:]:
+                around.setdefault(node, set()).add(where[kind])
+    result = []
+    for path, (meaning, where) in zip(side.paths, labels, strict=True):
+        found = around.get(path[-2] if len(path) > 1 else -1, set())
+        if where[kind] is None and len(found) == 1:
+            where = (*where[:kind], next(iter(found)), *where[kind + 1 :])
+        result.append((meaning, where))
+    return result
 
 
 def _agreement(a: tuple[str, str] | None, b: tuple[str, str] | None) -> float:

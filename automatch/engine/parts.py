@@ -153,14 +153,14 @@ def split_fused(items: Sequence[Item], others: Sequence[Item], *, is_target: boo
     theirs = Counter(canonical(item.shape) for item in others)
     by_template: dict[tuple[str, Shape], list[int]] = defaultdict(list)
     for i, item in enumerate(items):
-        have, want = theirs[canonical(item.shape)], mine[canonical(item.shape)]
-        if len(item.reals) == 1 and (not have or (have < want and hinted_parts(item.key))):
+        have = theirs[canonical(item.shape)]
+        if len(item.reals) == 1 and (not have or hinted_parts(item.key)):
             by_template[template_of(item.key), item.shape].append(i)
     plans: dict[int, tuple[int, tuple[int, ...]]] = {}
     for (_, shape), members in by_template.items():
         if len(shape) < 2 and not hinted_parts(items[members[0]].key):
             continue
-        plan = _plan(items[members[0]].key, shape, len(members), mine, theirs)
+        plan = _plan(items[members[0]].key, shape, len(members), mine, theirs, have=bool(theirs[canonical(shape)]))
         if plan:
             plans.update(dict.fromkeys(members, plan))
     plans.update(_biases(items, plans))
@@ -187,7 +187,9 @@ def _stem(key: str) -> str:
     return key.replace("weight", "").replace("kernel", "").replace("bias", "")
 
 
-def _plan(key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Counter[Shape]) -> tuple[int, tuple[int, ...]] | None:
+def _plan(
+    key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Counter[Shape], *, have: bool
+) -> tuple[int, tuple[int, ...]] | None:
     """Along which axis a fused tensor falls into which lengths, or None."""
     best, best_score = None, 0.0
     hint = hinted_parts(key)
@@ -202,7 +204,7 @@ def _plan(key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Coun
         for lengths in options:
             need = Counter(canonical((*rest, length)) for length in lengths)
             surplus = min((theirs[p] - mine[p]) / (n * count) for p, n in need.items())
-            if min(lengths) < 2 or surplus < 0.5 or (hint and hint != len(lengths)):
+            if min(lengths) < 2 or surplus < (0.8 if have else 0.5) or (hint and hint != len(lengths)):
                 continue
             score = min(surplus, 1.0) + 0.1 * (hint == len(lengths)) + 0.05 * len(lengths)
             if score > best_score:

@@ -16,6 +16,7 @@ from automatch.engine.reduction import Reduction, expand, reduce_repeats
 from automatch.engine.sides import Side
 from automatch.engine.solve import Solution, Weights, assign, solve
 from automatch.specs import StateSpec
+from automatch.transforms import Copy
 
 
 @dataclass(slots=True)
@@ -122,7 +123,9 @@ def _follow_ties(outcome: Outcome, decided: set[str]) -> None:
     for tensor in outcome.target:
         if tensor.alias_of in fed and tensor.key not in fed and tensor.key not in decided:
             base = fed[tensor.alias_of]
-            outcome.fed.append(Fed(tensor.key, base.sources, base.transform, base.items))
+            namesake = tensor.key in outcome.source and outcome.source[tensor.key].shape == tensor.shape
+            sources = (tensor.key,) if namesake and isinstance(base.transform, Copy) else base.sources
+            outcome.fed.append(Fed(tensor.key, sources, base.transform, base.items))
             outcome.tied[tensor.key] = tensor.alias_of
     unfed = [t for t in outcome.target if t.key not in fed and t.key not in decided and t.alias_of is None and t.kind != "buffer"]
     if not unfed:
@@ -132,7 +135,7 @@ def _follow_ties(outcome: Outcome, decided: set[str]) -> None:
     vocabulary = _vocabulary(outcome, fed)
     for tensor in unfed:
         base = vocabulary.get(tensor.shape)
-        if base is not None and tensor.shape not in spare and _names_vocabulary(outcome.target, tensor.key):
+        if base is not None and tensor.shape not in spare and (len(tensor.shape) == 2 or _names_vocabulary(tensor.key)):
             outcome.fed.append(Fed(tensor.key, base.sources, base.transform, base.items))
             outcome.tied[tensor.key] = base.target
 
@@ -142,7 +145,7 @@ def _vocabulary(outcome: Outcome, fed: Mapping[str, Fed]) -> dict[tuple[int, ...
     result: dict[tuple[int, ...], Fed] = {}
     for key, f in fed.items():
         shape = outcome.target[key].shape
-        if len(shape) == 2 and shape[0] > 1 and len(f.sources) == 1 and _names_vocabulary(outcome.target, key):
+        if len(shape) == 2 and shape[0] > 1 and len(f.sources) == 1 and _names_vocabulary(key):
             result.setdefault(shape, f)
     rows = {shape[0] for shape in result}
     for key, f in fed.items():
@@ -152,7 +155,7 @@ def _vocabulary(outcome: Outcome, fed: Mapping[str, Fed]) -> dict[tuple[int, ...
     return result
 
 
-def _names_vocabulary(spec: StateSpec, key: str) -> bool:
+def _names_vocabulary(key: str) -> bool:
     words = _plain_words(key)
     found = concept(words, shipped_conventions())
     return found in _TIED or any(word in ("decoder", "predictions", "shared", "embed", "head", "lm") for word in words)
@@ -161,8 +164,3 @@ def _names_vocabulary(spec: StateSpec, key: str) -> bool:
 def _plain_words(key: str) -> tuple[str, ...]:
     side = Side([Item(key, (), None, None, (key,))])
     return words_in_order(side, 0)
-
-
-def as_array(values: Sequence[float]) -> np.ndarray:
-    """Floats as an array."""
-    return np.asarray(values, dtype=np.float64)

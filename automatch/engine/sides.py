@@ -76,6 +76,7 @@ class Side:
     def _loops(self) -> None:
         """Find which numbered children repeat one structure; only nodes whose children are numbered matter."""
         self.loop_nodes: set[int] = set()
+        self.strict_nodes: set[int] = set()
         self.sibling_rank: dict[int, tuple[int, int]] = {}
         stack = [(self.root, 0)]
         while stack:
@@ -92,6 +93,8 @@ class Side:
                     self.sibling_rank[child.id] = (rank, len(members))
                 if len(members) > 1 and self._repeats([child for _, child in members], depth + 1):
                     self.loop_nodes.update(child.id for _, child in members)
+                    if max(len({tuple(self.paths[i]) for i in child.keys}) for _, child in members) > 2:
+                        self.strict_nodes.update(child.id for _, child in members)
 
     def _repeats(self, children: list[Node], depth: int) -> bool:
         relative = [frozenset(template_of(".".join(self.segments[i][depth:])) for i in child.keys) for child in children]
@@ -101,10 +104,21 @@ class Side:
         return 2 * twins >= len(children)
 
     def loop_template(self, i: int) -> str:
-        """The key of an item with its loop numbers taken out."""
+        """The key of an item with the numbers of repeated modules taken out."""
+        return self._template(i, self.loop_nodes)
+
+    def strict_template(self, i: int) -> str:
+        """The same, for modules only that hold more than two modules of their own."""
+        return self._template(i, self.strict_nodes)
+
+    def bare_template(self, i: int) -> str:
+        """The key of an item with all numbers taken out."""
+        return template_of(self.keys[i])
+
+    def _template(self, i: int, repeated: set[int]) -> str:
         path = self.paths[i]
         parts = [
-            template_of(segment) if depth + 1 < len(path) and path[depth + 1] in self.loop_nodes else segment
+            template_of(segment) if depth + 1 < len(path) and path[depth + 1] in repeated else segment
             for depth, segment in enumerate(self.segments[i])
         ]
         return "/".join(parts)

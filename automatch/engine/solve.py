@@ -147,20 +147,43 @@ def _grouped_rank(side: Side, group: Callable[[int], Hashable], order: Callable[
 
 
 def _ranks(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """Agreement of the ranks within template and shape; where the groups differ in length, of the numbers themselves."""
-    rank_t, size_t = _template_rank(target)
-    rank_s, size_s = _template_rank(source)
-    ids: dict[tuple[int, ...], int] = {}
-    numbers_t = np.array([ids.setdefault(tuple(n[0] for n in numbers), len(ids)) for numbers in target.numbers])
-    numbers_s = np.array([ids.setdefault(tuple(n[0] for n in numbers), len(ids)) for numbers in source.numbers])
-    distance = np.abs(rank_t[t] - rank_s[s])
+    """Agreement of the ranks of a pair among the items of its kind.
+
+    What counts as one kind (which numbers are indices) is uncertain, so several readings are tried and the
+    first in which both kinds have equally many members decides; failing that, the ranks of
+    the numbered modules themselves, and then the relative rank.
+    """
+    readings = [
+        [_kind_rank(side, kind) for kind in (side.strict_template, side.loop_template, side.bare_template)] for side in (target, source)
+    ]
+    best = np.full(len(t), np.nan)
+    for i, j in ((0, 0), (1, 1), (0, 1), (1, 0), (2, 2), (0, 2), (2, 0), (1, 2), (2, 1)):
+        (rank_t, size_t), (rank_s, size_s) = readings[0][i], readings[1][j]
+        distance = np.abs(rank_t[t] - rank_s[s])
+        value = np.where(distance == 0, 1.0, -0.3 * np.minimum(distance, 3))
+        best = np.where(np.isnan(best) & (size_t[t] == size_s[s]), value, best)
+    (rank_t, size_t), (rank_s, size_s) = readings[0][1], readings[1][1]
     fraction = np.abs(((rank_t + 0.5) / size_t)[t] - ((rank_s + 0.5) / size_s)[s])
-    unequal = np.where(numbers_t[t] == numbers_s[s], 0.8, 0.4 - 2 * fraction)
-    return np.where(size_t[t] == size_s[s], np.where(distance == 0, 1.0, -0.3 * np.minimum(distance, 3)), unequal)
+    unequal = np.where(_same_loop_ranks(source, target, t, s), 0.8, 0.4 - 2 * fraction)
+    return np.where(np.isnan(best), unequal, best)
 
 
-def _template_rank(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    return _grouped_rank(side, lambda i: (side.loop_template(i), canonical(side.shapes[i])), lambda i: natural_order(side.keys[i]))
+def _kind_rank(side: Side, kind: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+    return _grouped_rank(side, lambda i: (kind(i), canonical(side.shapes[i])), lambda i: natural_order(side.keys[i]))
+
+
+def _same_loop_ranks(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Whether the ranks of the repeated modules around both items agree, as far as both have them."""
+    ids: dict[tuple[int, ...], int] = {}
+    ranks = [
+        [ids.setdefault(tuple(rank for _, rank, _, loop in numbers if loop), len(ids)) for numbers in side.numbers]
+        for side in (target, source)
+    ]
+    agree = np.zeros((len(ids), len(ids)), dtype=bool)
+    for a, i in ids.items():
+        for b, j in ids.items():
+            agree[i, j] = bool(a) and bool(b) and a[: len(b)] == b[: len(a)]
+    return agree[np.array(ranks[0])[t], np.array(ranks[1])[s]]
 
 
 def _siblings(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -231,7 +254,7 @@ def suffix_groups(side: Side) -> Groups:
     return Groups([["/".join(segs[-d:]) for d in range(2, min(4, len(segs)) + 1)] or ["/".join(segs)] for segs in side.segments], side.n)
 
 
-def context(target: Groups, source: Groups, soft: sp.csr_matrix, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+def context(target: Groups, source: Groups, soft: sp.csr_matrix, t: np.ndarray, s: np.ndarray, *, compete: bool) -> np.ndarray:
     """How well the groups of a pair's items are matched with one another, in [0, 1].
 
     The similarity of two groups is the Jaccard index under the soft assignment; each group of an item
@@ -239,6 +262,9 @@ def context(target: Groups, source: Groups, soft: sp.csr_matrix, t: np.ndarray, 
     """
     both = (target.incidence.T @ soft @ source.incidence).toarray()
     jaccard = both / np.maximum(target.size[:, None] + source.size[None, :] - both, 1e-9)
+    if compete:
+        best = np.maximum(jaccard.max(1, keepdims=True), jaccard.max(0, keepdims=True))
+        jaccard = jaccard * jaccard / np.maximum(best, 1e-9)
     jaccard = np.pad(jaccard, ((0, 1), (0, 1)))
     of_t, of_s = target.padded[t], source.padded[s]
     values = jaccard[of_t[:, :, None], of_s[:, None, :]]
@@ -308,7 +334,7 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
         matrix = sp.csr_matrix((soft, (t, s)), shape=(target.n, source.n))
         score = np.array(unary)
         for name, (groups_t, groups_s) in families.items():
-            evidence[name] = context(groups_t, groups_s, matrix, t, s)
+            evidence[name] = context(groups_t, groups_s, matrix, t, s, compete=name == "node")
             score += getattr(w, name) * evidence[name]
         if ordered:
             evidence["neighbour"] = neighbours(source, target, soft, t, s)

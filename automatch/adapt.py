@@ -71,7 +71,7 @@ def plan_adaptations(whole: KeyMapping, sure: KeyMapping, adapt: Mapping[str, st
             shape = _shape(before, sources, source)
             step = chain() if shape == tensor.shape else Adapt(method, tensor.shape)
             matches.append(Match(tensor.key, sources, chain(before, step), confidence=1.0, decided=True))
-            methods[tensor.key] = f"{method}: {explain_mismatch(tensor.key, shape, tensor.shape)}"
+            methods[tensor.key] = f"{method}: {_cause(tensor.key, shape, tensor.shape)[0]} (checkpoint {shape}, model {tensor.shape})"
     return Adaptations(tuple(matches), methods, frozenset(kept))
 
 
@@ -135,9 +135,20 @@ def resized_source(key: str, mapping: KeyMapping) -> TensorSpec | None:
     for match in (mapping.get(key), *_alternatives(mapping.get(key))):
         if match is not None and is_adapted(match.transform):
             return source[match.sources[0]]
-    named = [source[name] for name in mapping.unexpected_keys if name == key or name.endswith("." + key) or key.endswith("." + name)]
-    resized = [tensor for tensor in named if tensor.shape != target[key].shape]
-    return resized[0] if len(resized) == 1 else None
+    wanted, leaf = target[key], key.rpartition(".")[2]
+    free = [source[name] for name in mapping.unexpected_keys if source[name].shape != wanted.shape]
+    for candidates in (
+        [t for t in free if t.key == key],
+        [t for t in free if t.key.endswith("." + key) or key.endswith("." + t.key)],
+        [t for t in free if t.key.rpartition(".")[2] == leaf and _differ_in_one_axis(t.shape, wanted.shape)],
+    ):
+        if candidates:
+            return candidates[0] if len(candidates) == 1 else None
+    return None
+
+
+def _differ_in_one_axis(source: Shape, target: Shape) -> bool:
+    return len(source) == len(target) and sum(old != new for old, new in zip(source, target, strict=True)) == 1
 
 
 def _alternatives(match: Match | None) -> list[Match]:
@@ -181,23 +192,28 @@ def explain_mismatch(key: str, source: Shape, target: Shape) -> str:
         source: its shape in the checkpoint.
         target: its shape in the model.
     """
-    shapes = f"checkpoint {source}, model {target}"
+    why, methods = _cause(key, source, target)
+    return f"{why} (checkpoint {source}, model {target}); adapt: {methods}"
+
+
+def _cause(key: str, source: Shape, target: Shape) -> tuple[str, str]:
+    """Why a shape may have changed, and the methods that may help."""
     name = key.lower()
     if len(source) == len(target) - 1 and len(target) == 5 and source[:2] == target[:2]:
-        return f"a 2-D kernel in a 3-D model ({shapes}); adapt: inflate"
+        return "a 2-D kernel in a 3-D model", "inflate"
     if len(source) != len(target):
-        return f"another layout ({shapes}); adapt: keep"
+        return "another layout", KEEP
     changed = [axis for axis, (old, new) in enumerate(zip(source, target, strict=True)) if old != new]
     if "relative_position" in name or "rel_pos" in name:
-        return f"another window size ({shapes}); adapt: relative_position"
+        return "another window size", "relative_position"
     if "pos" in name.rpartition(".")[2] or "position" in name:
-        return f"another patch grid or sequence length ({shapes}); adapt: interpolate or interpolate_1d"
+        return "another patch grid or sequence length", "interpolate or interpolate_1d"
     if len(source) >= 3 and changed and min(changed) >= 2:
-        return f"another kernel ({shapes}); adapt: center, average or resize_kernel"
+        return "another kernel", "center, average or resize_kernel"
     if len(source) >= 4 and changed == [1]:
-        return f"another number of input channels ({shapes}); adapt: channels"
+        return "another number of input channels", "channels"
     if changed == [0] and ("embed" in name or "wte" in name or "tok" in name):
-        return f"another vocabulary ({shapes}); adapt: rows"
+        return "another vocabulary", "rows"
     if changed == [0]:
-        return f"another number of classes, or another width ({shapes}); adapt: rows or keep"
-    return f"another width ({shapes}); adapt: overlap or keep"
+        return "another number of classes, or another width", "rows or keep"
+    return "another width", "overlap or keep"

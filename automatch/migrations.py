@@ -50,8 +50,8 @@ def migrations_folder(model: nn.Module) -> Path | None:
     """Where the migrations of a model belong: beside the file of the first of its classes that is not installed."""
     from automatch.provenance import source_file
 
-    for module in model.modules():
-        path = source_file(type(module))
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        path = source_file(kind)
         if path is not None:
             return path.parent / FOLDER
     return None

@@ -18,12 +18,9 @@ _GIT_SECONDS = 10
 
 def own_classes(model: nn.Module) -> list[type]:
     """The classes of a model's modules, and their bases, that are the user's own: from no installed package."""
-    found: dict[type, None] = {}
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls not in found and source_file(cls) is not None:
-                found[cls] = None
-    return list(found)
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    classes = dict.fromkeys(cls for kind in kinds for cls in kind.__mro__)
+    return [cls for cls in classes if source_file(cls) is not None]
 
 
 def source_file(cls: type) -> Path | None:

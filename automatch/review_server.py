@@ -43,9 +43,7 @@ class ReviewServer:
     def __init__(self, mapping: KeyMapping, path: str | Path, *, port: int = 0) -> None:
         self.original, self.mapping, self.path = mapping, mapping, Path(path)
         self.token = secrets.token_urlsafe(24)
-        self.saved = 0
-        self._server = ThreadingHTTPServer((HOST, port), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(self, port)
         self.page = render_html(mapping, save=f"/{self.token}/save").encode("utf-8")
 
     @property
@@ -74,7 +72,6 @@ class ReviewServer:
         except OSError as error:
             raise MappingError(f"cannot write {str(self.path)!r}: {error.strerror or error}") from error
         self.mapping = mapping
-        self.saved += 1
         return self.path
 
     def close(self) -> None:
@@ -112,56 +109,66 @@ def review(
         return server.mapping
 
 
-def _handler(review: ReviewServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        server_version = "automatch"
-        sys_version = ""
-        timeout = 60
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-        def do_GET(self) -> None:
-            if self._is_ours(f"/{review.token}/"):
-                self._answer(HTTPStatus.OK, review.page, "text/html; charset=utf-8")
+    def __init__(self, review: ReviewServer, port: int) -> None:
+        self.review = review
+        super().__init__((HOST, port), _Handler)
 
-        def do_POST(self) -> None:
-            if not self._is_ours(f"/{review.token}/save"):
-                return
-            if self.headers.get("Content-Type", "").partition(";")[0].strip() != "application/json":
-                self._tell(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "decisions must be sent as application/json")
-                return
-            length = self.headers.get("Content-Length", "")
-            if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY:
-                self._tell(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"decisions must have a length, of at most {MAX_BODY} bytes")
-                return
-            try:
-                path = review.save(json.loads(self.rfile.read(int(length))))
-            except (AutomatchError, ValueError, RecursionError) as error:
-                self._tell(HTTPStatus.BAD_REQUEST, str(error))
-                return
-            self._tell(HTTPStatus.OK, f"Saved {path}")
 
-        def _is_ours(self, path: str) -> bool:
-            """Whether a request comes from our own page: exact path with the token, our host, no foreign origin."""
-            hosts = {f"{HOST}:{review.port}", f"localhost:{review.port}"}
-            origin = self.headers.get("Origin")
-            if self.headers.get("Host") not in hosts or (origin is not None and origin not in {f"http://{host}" for host in hosts}):
-                self._tell(HTTPStatus.FORBIDDEN, "this address serves one page, to this machine alone")
-                return False
-            if not hmac.compare_digest(self.path.encode("utf-8", "replace"), path.encode()):
-                self._tell(HTTPStatus.NOT_FOUND, "not found")
-                return False
-            return True
+class _Handler(BaseHTTPRequestHandler):
+    server_version = "automatch"
+    sys_version = ""
+    timeout = 60
 
-        def _tell(self, status: HTTPStatus, message: str) -> None:
-            self._answer(status, json.dumps({"message": message}).encode(), "application/json")
+    @property
+    def _review(self) -> ReviewServer:
+        assert isinstance(self.server, _Server)
+        return self.server.review
 
-        def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+    def do_GET(self) -> None:
+        if self._is_ours(f"/{self._review.token}/"):
+            self._answer(HTTPStatus.OK, self._review.page, "text/html; charset=utf-8")
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """The token is part of every address: nothing is logged."""
+    def do_POST(self) -> None:
+        if not self._is_ours(f"/{self._review.token}/save"):
+            return
+        if self.headers.get("Content-Type", "").partition(";")[0].strip() != "application/json":
+            self._tell(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "decisions must be sent as application/json")
+            return
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY:
+            self._tell(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"decisions must have a length, of at most {MAX_BODY} bytes")
+            return
+        try:
+            path = self._review.save(json.loads(self.rfile.read(int(length))))
+        except (AutomatchError, ValueError, RecursionError) as error:
+            self._tell(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        self._tell(HTTPStatus.OK, f"Saved {path}")
 
-    return Handler
+    def _is_ours(self, path: str) -> bool:
+        """Whether a request comes from our own page: exact path with the token, our host, no foreign origin."""
+        hosts = {f"{HOST}:{self._review.port}", f"localhost:{self._review.port}"}
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") not in hosts or (origin is not None and origin not in {f"http://{host}" for host in hosts}):
+            self._tell(HTTPStatus.FORBIDDEN, "this address serves one page, to this machine alone")
+            return False
+        if not hmac.compare_digest(self.path.encode("utf-8", "replace"), path.encode()):
+            self._tell(HTTPStatus.NOT_FOUND, "not found")
+            return False
+        return True
+
+    def _tell(self, status: HTTPStatus, message: str) -> None:
+        self._answer(status, json.dumps({"message": message}).encode(), "application/json")
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The token is part of every address: nothing is logged."""

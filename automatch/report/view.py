@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
-from automatch.mapping import CONFIDENT, Evidence, KeyMapping, Match, Question, Side
+from automatch.mapping import CONFIDENT, KeyMapping, Match, Question, Side
 from automatch.report.collapse import collapse
 from automatch.report.groups import Group, group_by_rule, group_by_template
 from automatch.report.leftovers import Leftover, missing_leftovers, unexpected_leftovers
@@ -39,8 +39,6 @@ class Row:
         confidence: calibrated probability in [0, 1].
         band: how that reads: decided by a person, sure, uncertain or weak.
         withheld: not loaded unless a person decides.
-        evidence: (signal, value in [0, 1]) of those that were measured.
-        runners_up: (sources, words, confidence), best first.
     """
 
     target: str
@@ -50,8 +48,6 @@ class Row:
     confidence: float
     band: Band
     withheld: bool
-    evidence: tuple[tuple[str, float], ...]
-    runners_up: tuple[tuple[tuple[str, ...], str, float], ...]
 
     @property
     def confidence_text(self) -> str:
@@ -91,7 +87,6 @@ class View:
         source: the checkpoint's origin.
         target: the model's origin.
         n_target: keys of the model.
-        n_source: keys of the checkpoint.
         rows: one per match, in the model's order.
         groups: the rules, each with the rows it explains.
         withheld: the pairs that are not loaded as they stand, by rule, least sure first.
@@ -110,7 +105,6 @@ class View:
     source: str
     target: str
     n_target: int
-    n_source: int
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     withheld: tuple[Group, ...]
@@ -188,7 +182,6 @@ def build_view(mapping: KeyMapping) -> View:
         source=short(mapping.source.origin or "checkpoint", 160),
         target=short(mapping.target.origin or "model", 160),
         n_target=mapping.target.n_keys,
-        n_source=mapping.source.n_keys,
         rows=rows,
         groups=group_by_rule(mapping),
         withheld=_withheld(mapping, rows),
@@ -229,20 +222,7 @@ def _row(match: Match, mapping: KeyMapping, open_keys: Set[str]) -> Row:
         confidence=match.confidence,
         band=_band(match, withheld),
         withheld=withheld,
-        evidence=_measured(match.evidence),
-        runners_up=tuple((a.sources, transform_text(a.transform), a.confidence) for a in match.alternatives),
     )
-
-
-def _measured(evidence: Evidence) -> tuple[tuple[str, float], ...]:
-    values = (
-        ("name", evidence.name),
-        ("shape", evidence.shape),
-        ("size", evidence.size),
-        ("order", evidence.order),
-        ("context", evidence.context),
-    )
-    return tuple((name, value) for name, value in values if value is not None)
 
 
 def _shapes(match: Match, mapping: KeyMapping) -> str:

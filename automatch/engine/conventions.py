@@ -121,7 +121,7 @@ def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tu
     for node in side.nodes:
         names = {"".join(map(str, pieces_of(segment))): segment for segment in node.children}
         for known in table.sets:
-            if known.keys() <= names.keys():
+            if known.keys() <= names.keys() and not any((node.id, names[name]) in result for name in known):
                 for name, meaning in known.items():
                     area, _, part = meaning.partition(" ")
                     result.setdefault((node.id, names[name]), (area, part))

@@ -98,7 +98,7 @@ class Side:
 
     def _repeats(self, children: list[Node], depth: int) -> bool:
         relative = [frozenset(template_of(".".join(self.segments[i][depth:])) for i in child.keys) for child in children]
-        modules = [len({key.rpartition(".")[0] for key in keys}) for keys in relative]
+        modules = [len({tuple(self.segments[i][depth:-1]) for i in child.keys}) for child in children]
         counts = Counter(relative)
         twins = sum(1 for keys, n in zip(relative, modules, strict=True) if n > 1 and (counts[keys] > 1 or _near(keys, relative)))
         return 2 * twins >= len(children)

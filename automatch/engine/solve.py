@@ -28,6 +28,7 @@ class Weights:
     """How much each kind of evidence counts, in units of log odds."""
 
     name: float = 6.0
+    ending: float = 2.0
     concept: float = 3.0
     region: float = 2.0
     role: float = 6.0
@@ -104,6 +105,7 @@ def unary_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lex
         "concept": meaning,
         "region": region,
         "name": _name_pairs(source, target, t, s, lexicon),
+        "ending": _endings(source, target, t, s),
         "role": _roles(roles_t, roles_s, t, s),
         "rank": _ranks(source, target, t, s),
         "sibling": _siblings(source, target, t, s),
@@ -126,6 +128,20 @@ def _name_pairs(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lexico
     of_t = np.array([unique_t[words] for words in lists_t])
     of_s = np.array([unique_s[words] for words in lists_s])
     return similarity[of_t[t], of_s[s]]
+
+
+def _endings(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Whether the last two segments of a pair are the same, and say more than a number."""
+    ids: dict[str, int] = {}
+    endings = []
+    for side in (target, source):
+        own = []
+        for i, segments in enumerate(side.segments):
+            ending = "/".join(segments[-2:])
+            named = any(character.isalpha() for character in segments[-2]) if len(segments) > 1 else True
+            own.append(ids.setdefault(ending if named else f"{id(side)}:{i}", len(ids)))
+        endings.append(np.array(own))
+    return (endings[0][t] == endings[1][s]).astype(np.float64)
 
 
 def _roles(roles_t: Sequence[str], roles_s: Sequence[str], t: np.ndarray, s: np.ndarray) -> np.ndarray:

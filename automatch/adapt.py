@@ -11,7 +11,7 @@
 - ``"center"``: kernels are cropped to, or padded with zeros around, their centre.
 - ``"average"``: kernels are averaged to 1×1, or spread evenly from 1×1, with the same sum.
 - ``"resize_kernel"``: kernels are interpolated, with the same sum (patch embeddings).
-- ``"channels"``: input channels are repeated or summed, so that a grey image gives the same result (RGB ↔ grey).
+- ``"channels"``: input channels are repeated and scaled, or summed, so that a grey image gives the same result (RGB ↔ grey).
 - ``"inflate"``: 2-D kernels are repeated along a new depth axis, with the same sum (video, volumes).
 """
 

@@ -41,13 +41,15 @@ def _grids(source: Shape, target: Shape) -> bool:
     if len(source) != len(target) or len(source) not in (2, 3, 4) or (source[-1] != target[-1] and len(source) != 4):
         return False
     if len(source) == 4:
-        return source[:2] == target[:2]
+        return source[:2] == target[:2] or (source[0], source[3]) == (target[0], target[3])
     return source[:-2] == target[:-2] and grid_of(source[-2]) is not None and grid_of(target[-2]) is not None
 
 
 def _interpolate(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    if tensor.ndim == 4:
+    if tensor.ndim == 4 and tensor.shape[:2] == initial.shape[:2]:
         return _bicubic(tensor, tuple(initial.shape[2:]))
+    if tensor.ndim == 4:  # channels last
+        return _bicubic(tensor.permute(0, 3, 1, 2), tuple(initial.shape[1:3])).permute(0, 2, 3, 1).contiguous()
     old, new = grid_of(tensor.shape[-2]), grid_of(initial.shape[-2])
     assert old is not None
     assert new is not None
@@ -85,7 +87,8 @@ def _relative_position(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Ten
     assert new is not None
     square = new[1] * new[1]
     table = tensor[: old[1] * old[1]].T.reshape(1, -1, old[1], old[1])
-    resized = _bicubic(table, (new[1], new[1])).reshape(-1, square).T
+    grown = functional.interpolate(table.float(), size=(new[1], new[1]), mode="bicubic", align_corners=False).to(tensor.dtype)
+    resized = grown.reshape(-1, square).T
     rest = tensor[old[1] * old[1] :] if new[0] <= old[0] else initial.detach()[square:].to(tensor.dtype)
     return torch.cat([resized, rest[: new[0]]])
 
@@ -117,8 +120,9 @@ def _resize_kernel(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
 def _channels(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     old, new = tensor.shape[1], initial.shape[1]
     if new < old:
-        return tensor.reshape(tensor.shape[0], new, old // new, *tensor.shape[2:]).sum(2)
-    return tensor.repeat_interleave(new // old, 1) / (new // old)
+        return tensor.reshape(tensor.shape[0], old // new, new, *tensor.shape[2:]).sum(1)
+    copies = math.ceil(new / old)
+    return torch.cat([tensor] * copies, 1)[:, :new] * (old / new)
 
 
 def _inflate(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
@@ -140,8 +144,7 @@ def _one_by_one(source: Shape, target: Shape) -> bool:
 def _channel_counts(source: Shape, target: Shape) -> bool:
     if len(source) != len(target) or len(source) < 2 or source[0] != target[0] or source[2:] != target[2:]:
         return False
-    small, large = sorted((source[1], target[1]))
-    return small > 0 and large % small == 0
+    return 0 < source[1] < target[1] or (0 < target[1] and source[1] % target[1] == 0)
 
 
 def _sequences(source: Shape, target: Shape) -> bool:
@@ -170,6 +173,8 @@ METHODS: dict[str, Method] = {
     "center": Method(_kernels, "the channels must agree", _center),
     "average": Method(_one_by_one, "one of the kernels must be 1×1", _average),
     "resize_kernel": Method(_kernels, "the channels must agree", _resize_kernel),
-    "channels": Method(_channel_counts, "one number of input channels must be a multiple of the other", _channels),
+    "channels": Method(
+        _channel_counts, "the checkpoint's number of input channels must be smaller, or a multiple of the model's", _channels
+    ),
     "inflate": Method(_flat_kernels, "the checkpoint's kernel must be the model's without its depth", _inflate),
 }

@@ -106,6 +106,23 @@ def test_input_channels_give_the_same_result_for_a_grey_image():
     assert torch.allclose(nn.functional.conv2d(grey.expand(-1, 3, -1, -1), back), nn.functional.conv2d(grey, to_grey), atol=1e-5)
 
 
+def test_more_channels_are_repeated_and_scaled_as_timm_does():
+    rgb = torch.randn(4, 3, 2, 2)
+    result = adapted("channels", rgb, torch.zeros(4, 4, 2, 2))
+    assert torch.allclose(result, torch.cat([rgb, rgb[:, :1]], 1) * 3 / 4)
+    assert torch.allclose(adapted("channels", torch.cat([rgb, rgb], 1), torch.zeros(4, 3, 2, 2)), 2 * rgb)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 4, 4, 3)])
+def test_position_maps_are_interpolated_with_channels_first_or_last(shape):
+    last = shape[-1] == 3
+    old = torch.randn(shape)
+    result = adapted("interpolate", old, torch.zeros((1, 6, 6, 3) if last else (1, 3, 6, 6)))
+    first = old.permute(0, 3, 1, 2) if last else old
+    expected = nn.functional.interpolate(first, size=(6, 6), mode="bicubic", antialias=True)
+    assert torch.equal(result, expected.permute(0, 2, 3, 1) if last else expected)
+
+
 def test_inflated_kernels_give_the_same_result_for_a_still_film():
     flat = torch.randn(4, 2, 3, 3)
     deep = adapted("inflate", flat, torch.zeros(4, 2, 5, 3, 3))
@@ -124,6 +141,7 @@ def test_inflated_kernels_give_the_same_result_for_a_still_film():
         ("center", (4, 2, 3), (4, 3, 3)),
         ("average", (4, 2, 3, 3), (4, 2, 5, 5)),
         ("channels", (4, 3, 3, 3), (4, 2, 3, 3)),
+        ("channels", (4, 3, 3, 3), (5, 3, 3, 3)),
         ("inflate", (4, 2, 3, 3), (4, 3, 5, 3, 3)),
     ],
 )

@@ -45,9 +45,7 @@ def check_left(ckpt, before, out):
 
 
 @outputs
-@pytest.mark.parametrize(
-    ("function", "fault"), [("write", errno.ENOSPC), ("copy_file_range", errno.ENOSPC), ("fsync", errno.EIO), ("preadv", errno.EIO)]
-)
+@pytest.mark.parametrize(("function", "fault"), FAULTS)
 @pytest.mark.parametrize("moment", [0, 5])
 def test_a_full_or_failing_disk(ckpt, out, function, fault, moment, monkeypatch):
     before, mapping, out = ckpt.read_bytes(), mapping_of(ckpt), ckpt.parent / out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from automatch import propose_mapping
 from automatch.cli import main
 from automatch.demo import DemoResult, run
 from automatch.demo.after import MedicalSegmentationModel as Refactored
@@ -71,6 +73,22 @@ def _in_the_order_of_the_new(old: MedicalSegmentationModel) -> list[torch.Tensor
 
 
 @needs_engine
+def true_source(target: str) -> str:
+    """The key that fed a key of the refactored class before the refactoring."""
+    key = target.replace("model.backbone.", "model.").replace("model.head.", "model.segmentation_head.0.")
+    key = re.sub(r"bottleneck\.([23])", lambda found: f"bottleneck.{int(found[1]) - 1}", key)
+    parts = {"reduce": "conv1", "refine": "conv2", "conv": "0", "norm": "1"}
+    pattern = r"levels\.(\d)\.(\d)\.(reduce|refine)\.(conv|norm)"
+    return re.sub(pattern, lambda found: f"blocks.x_{found[1]}_{found[2]}.{parts[found[3]]}.{parts[found[4]]}", key)
+
+
+@pytest.mark.xfail(strict=False, reason="the norms of reduce and refine are taken for one another, with a confidence above 0.95")
+def test_no_sure_pair_is_wrong() -> None:
+    mapping = propose_mapping(Refactored(), MedicalSegmentationModel().state_dict())
+    wrong = [(match.target, match.sources) for match in mapping.confident().matches if match.sources != (true_source(match.target),)]
+    assert wrong == []
+
+
 def test_the_command_exits_by_the_outcome(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["demo", "--epochs", "1", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output

@@ -37,6 +37,7 @@ class LoadReport(NamedTuple):
         mapping: the whole mapping, withheld matches included.
         warnings: what a person should know.
         to_train_keys: the keys of `to_train`.
+        applied: the part of the mapping that was loaded.
     """
 
     missing_keys: tuple[str, ...]
@@ -49,6 +50,7 @@ class LoadReport(NamedTuple):
     mapping: KeyMapping
     warnings: tuple[str, ...]
     to_train_keys: tuple[str, ...]
+    applied: KeyMapping
 
     def __repr__(self) -> str:
         parts = [f"{len(self.loaded)} of {self.mapping.target.n_keys} model keys loaded"]
@@ -124,6 +126,7 @@ def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> 
         mapping=plan.whole,
         warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(plan, model, missing)),
         to_train_keys=to_train,
+        applied=plan.chosen,
     )
 
 

@@ -135,6 +135,8 @@ def test_unsure_matches_are_withheld_unless_decided(model, ckpt):
     assert_unchanged(model, before)
     report = automatch.load(model, ckpt, mapping=mapping, strict=False)
     assert report.withheld == ("conv.weight", "conv.bias")
+    assert "conv.weight" in report.mapping
+    assert "conv.weight" not in report.applied
     report = automatch.load(model, ckpt, mapping=mapping, pins={"conv.bias": "c.b", "conv.weight": "c.w"})
     assert report.withheld == ()
     assert automatch.load(model, ckpt, mapping=mapping, threshold=0.5).withheld == ()

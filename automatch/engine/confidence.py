@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from automatch.engine.assemble import Fed
-from automatch.engine.features import pair_features
+from automatch.engine.features import NAMES, pair_features
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
@@ -18,6 +18,7 @@ from automatch.transforms import Adapt, Chain, PermuteElements
 KEEP = 0.35  # below this a pair is more likely wrong than worth showing
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 RUNNERS_UP = 3
+SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,9 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     """Give every fed key its confidence, and drop those that are not worth proposing."""
     kept, rows = pair_features(outcome)
     values = np.clip(model.probability(rows), 0.001, 0.999) if kept else np.zeros(0)
+    if kept:
+        exchangeable = np.minimum(rows[:, NAMES.index("spare_t")], rows[:, NAMES.index("spare_s")]) <= SPARE_LEAD
+        values = np.where(exchangeable, np.minimum(values, SPARE_CAP), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
     runners = _RunnersUp(outcome)
     matches = []

@@ -15,6 +15,7 @@ NAMES = (
     "node", "template", "suffix", "neighbour", "beside", "agreement", "rivals", "cover_t", "cover_s", "cover_min",
     "mean_node", "mean_name", "mean_score", "home_t", "home_s", "fused", "registered", "whole_t", "whole_s",
     "mean_whole_t", "mean_whole_s", "conflict", "mean_layout", "list_name", "twins",
+    "spare_t", "spare_s", "count", "upward", "root_conflict", "root_cover_t", "root_cover_s", "direction", "ending",
 )  # fmt: skip
 
 
@@ -29,7 +30,9 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
     t, s = solution.t[k], solution.s[k]
     zero = np.zeros(len(solution.t))
     evidence = {
-        name: solution.evidence.get(name, zero)[k] for name in NAMES if name in solution.evidence or name in ("neighbour", "beside")
+        name: solution.evidence.get(name, zero)[k]
+        for name in NAMES
+        if name in solution.evidence or name in ("neighbour", "beside", "direction")
     }
     margin_t, rivals = _margins(solution.t, solution.score, solution.t, right.n)
     margin_s, _ = _margins(solution.s, solution.score, solution.s, left.n)
@@ -56,6 +59,11 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         "mean_layout": np.full(len(k), float(evidence["layout"].mean())),
         "list_name": _list_names(left, right, t, s),
         "twins": np.array([_twins(right, int(j)) for j in t]),
+        "spare_t": _spare(outcome, t, s, solution.t, solution.s, left.n),
+        "spare_s": _spare(outcome, s, t, solution.s, solution.t, right.n),
+        "count": _counts(left, right, t, s),
+        "upward": np.array([float(_runs_upward(right.keys[int(j)]) or _runs_upward(left.keys[int(i)])) for j, i in zip(t, s, strict=True)]),
+        **_roots(left, right, t, s, evidence["concept"]),
         "registered": np.full(len(k), float(left.order == right.order == "registered")),
     }
     return kept, np.stack([parts[name] for name in NAMES], axis=1)
@@ -92,6 +100,56 @@ def _home(side: Side, matched: np.ndarray) -> np.ndarray:
         node = next((p for p in reversed(side.paths[i]) if side.node_size[p] >= 8), 0)
         result[row] = inside[node] / side.node_size[node] if node else hit.mean()
     return result
+
+
+MEANING = ("name", "concept", "region", "role", "ending", "layout")
+
+
+def _spare(outcome: Outcome, own: np.ndarray, other: np.ndarray, group: np.ndarray, rival: np.ndarray, n_rivals: int) -> np.ndarray:
+    """Lead of each pair, in what names mean and shapes say alone, over the best partner that stayed alone (1 where there is none)."""
+    solution, weights = outcome.solution, outcome.weights
+    meaning = np.asarray(sum(getattr(weights, name) * solution.evidence[name] for name in MEANING))
+    free = np.ones(n_rivals, dtype=bool)
+    free[other] = False
+    best = np.full(int(group.max()) + 1, -np.inf)
+    idle = free[rival]
+    np.maximum.at(best, group[idle], meaning[idle])
+    chosen = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(group, rival, strict=True))}
+    mine = np.array([meaning[chosen[int(a), int(b)]] for a, b in zip(own, other, strict=True)])
+    return np.where(np.isinf(best[own]), 1.0, np.clip((mine - best[own]) / 10, -1, 1))
+
+
+def _counts(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """1 where the outermost repeated modules around a pair are equally many on both sides, less where not, 1 where there are none."""
+
+    def outermost(side: Side, i: int) -> int | None:
+        return next((side.sibling_rank[node][1] for node in side.paths[i] if node in side.loop_nodes), None)
+
+    result = []
+    for j, i in zip(t, s, strict=True):
+        a, b = outermost(right, int(j)), outermost(left, int(i))
+        result.append(1.0 if a is None or b is None else min(a, b) / max(a, b))
+    return np.array(result)
+
+
+_UPWARD = ("up", "dec", "fusion", "refine", "fpn", "neck", "lateral", "top_down")
+
+
+def _runs_upward(key: str) -> bool:
+    """Whether a key lies where some libraries count from the deepest level and others from the shallowest."""
+    return any(word.startswith(_UPWARD) for segment in key.lower().replace("/", ".").split(".") for word in segment.split("_"))
+
+
+def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.ndarray) -> dict[str, np.ndarray]:
+    """How well the entries outside repeated modules fit: contradictions among their pairs, and the shares that are matched."""
+    outside = [np.array([not any(node in side.loop_nodes for node in path) for path in side.paths]) for side in (right, left)]
+    both = outside[0][t] & outside[1][s]
+    n = len(t)
+    return {
+        "root_conflict": np.full(n, float((meaning[both] < 0).sum() / max(1, both.sum()))),
+        "root_cover_t": np.full(n, float(outside[0][t].sum() / max(1, outside[0].sum()))),
+        "root_cover_s": np.full(n, float(outside[1][s].sum() / max(1, outside[1].sum()))),
+    }
 
 
 def _wholeness(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> dict[str, np.ndarray]:

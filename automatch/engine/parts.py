@@ -218,7 +218,7 @@ def _grouped(size: int, rest: Shape, theirs: Counter[Shape]) -> list[tuple[int, 
     for shape in theirs:
         for short in set(shape):
             long = size - 2 * short
-            if long > short and long % short == 0 and canonical((*rest, short)) == shape and canonical((*rest, long)) in theirs:
+            if long > short > 0 and long % short == 0 and canonical((*rest, short)) == shape and canonical((*rest, long)) in theirs:
                 result.append((long, short, short))
     return sorted(set(result))
 

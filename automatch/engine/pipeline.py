@@ -29,6 +29,7 @@ class Outcome:
         reduction: which of them took part in solving.
         sides: arrays over those that did.
         solution: candidate pairs with their scores.
+        weights: what the scores were made with.
         pair_of: kept target position to index of its pair in the solution.
         decided_by: target item to (source item, kept target position that decided it).
         fed: what feeds each real target key.
@@ -42,6 +43,7 @@ class Outcome:
     reduction: Reduction
     sides: tuple[Side, Side]
     solution: Solution
+    weights: Weights
     pair_of: dict[int, int]
     decided_by: dict[int, tuple[int, int]]
     fed: list[Fed]
@@ -73,7 +75,7 @@ def run_stages(
     pairs = {j: i for j, (i, _) in decided_by.items()}
     transposed = square_votes(source_items, target_items, pairs)
     fed = assemble(source_items, target_items, pairs, transposed)
-    outcome = Outcome(source, target, source_items, target_items, reduction, (left, right), solution, pair_of, decided_by, fed, {})
+    outcome = Outcome(source, target, source_items, target_items, reduction, (left, right), solution, weights, pair_of, decided_by, fed, {})
     _follow_ties(outcome, set(without_targets))
     return outcome
 

@@ -40,6 +40,7 @@ class Weights:
     node: float = 6.0
     template: float = 4.0
     suffix: float = 4.0
+    direction: float = 3.0
     neighbour: float = 1.0
     beside: float = 1.5
     none: float = 4.1
@@ -309,6 +310,46 @@ def module_neighbours(source: Side, target: Side, soft: sp.csr_matrix, t: np.nda
     return jaccard[order_t[a, 0], order_s[b, 0]] + jaccard[order_t[a, 1], order_s[b, 1]]
 
 
+class Lists:
+    """The numbered siblings of a side: for every item the innermost ones around it, its rank there, and the group's size."""
+
+    def __init__(self, side: Side) -> None:
+        self.group = np.full((side.n, 2), -1)
+        self.rank = np.zeros((side.n, 2), dtype=np.intp)
+        self.size: list[int] = []
+        ids: dict[tuple[int, int], int] = {}
+        for i, path in enumerate(side.paths):
+            numbered = [k for k in range(len(path) - 1, 0, -1) if path[k] in side.loop_nodes]
+            for column, k in enumerate(numbered[:2]):
+                rank, size = side.sibling_rank[path[k]]
+                group = ids.setdefault((path[k - 1], size), len(ids))
+                if group == len(self.size):
+                    self.size.append(size)
+                self.group[i, column], self.rank[i, column] = group, rank
+
+
+def directions(source: Lists, target: Lists, soft: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """For pairs in numbered siblings of equal count: whether the siblings run forwards or backwards, and the pair agrees."""
+    result = np.zeros(len(t))
+    if not source.size or not target.size:
+        return result
+    size_t, size_s = np.array([*target.size, -1]), np.array([*source.size, -2])
+    for a in range(2):
+        for b in range(2):
+            of_t, of_s = target.group[t, a], source.group[s, b]
+            rank_t, rank_s = target.rank[t, a], source.rank[s, b]
+            n = size_t[of_t]
+            same = (of_t >= 0) & (of_s >= 0) & (n == size_s[of_s]) & (n > 1)
+            lists = of_t * (len(source.size) + 1) + of_s
+            lists = np.where(same, lists, 0)
+            ahead, back = same & (rank_t == rank_s), same & (rank_t == n - 1 - rank_s)
+            count = int(lists.max()) + 1
+            forward, backward = np.bincount(lists, soft * (ahead & ~back), count), np.bincount(lists, soft * (back & ~ahead), count)
+            lean = (forward - backward) / np.maximum(forward + backward, 1.0)
+            result += np.where(ahead & ~back, lean[lists], 0.0) - np.where(back & ~ahead, lean[lists], 0.0)
+    return np.clip(result, -1, 1)
+
+
 def soft_assignment(score: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int, none: float, beta: float) -> np.ndarray:
     """Sinkhorn's soft one-to-one assignment in which every item may also stay alone at the score ``none``."""
     x = np.exp(np.clip(beta * (score - none), -60, 60))
@@ -343,6 +384,7 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
         "template": (template_groups(target), template_groups(source)),
         "suffix": (suffix_groups(target), suffix_groups(source)),
     }
+    lists = (Lists(source), Lists(target))
     ordered = source.order == target.order == "registered"
     score = np.asarray(unary)
     for beta in w.betas:
@@ -352,6 +394,8 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
         for name, (groups_t, groups_s) in families.items():
             evidence[name] = context(groups_t, groups_s, matrix, t, s, compete=name == "node")
             score += getattr(w, name) * evidence[name]
+        evidence["direction"] = directions(*lists, soft, t, s)
+        score += w.direction * evidence["direction"]
         if ordered:
             evidence["neighbour"] = neighbours(source, target, soft, t, s)
             score += w.neighbour * evidence["neighbour"]

@@ -7,11 +7,15 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from automatch.cli import BAD_INPUT, REFUSED, console
+from automatch.cli.propose import plan_of, unfed_keys
+
+if TYPE_CHECKING:
+    from automatch import KeyMapping
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -31,6 +35,10 @@ def size(text: str) -> int:
     "--mapping", type=click.Path(exists=True), help="The mapping: what `propose -o` or a review wrote. Without it keys stay as they are."
 )
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The new directory.")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Least confidence of a match that is applied."
+)
+@click.option("--partial", is_flag=True, help="Write it although parameters of the model stay without a source.")
 @click.option("--to", type=click.Choice(["safetensors", "dcp"]), default="safetensors", show_default=True, help="The format to write.")
 @click.option("--max-shard-size", type=size, default="2GB", show_default=True, help="The largest file; a rank holds one in memory.")
 @click.option(
@@ -48,6 +56,8 @@ def command(
     ckpt: str,
     mapping: str | None,
     output: Path,
+    threshold: float,
+    partial: bool,
     to: Any,
     max_shard_size: int,
     timeout: float,
@@ -63,9 +73,10 @@ def command(
     from automatch.errors import AutomatchError, LoadError
     from automatch.report.wording import count
 
+    kept = _kept(ctx, mapping, threshold, partial) if mapping else None
     with _process_group(), console.transferring(f"Writing {output}") as progress:
         try:
-            done = convert(ckpt, output, mapping, to=to, max_shard_bytes=max_shard_size, timeout=timeout, trust=trust, progress=progress)
+            done = convert(ckpt, output, kept, to=to, max_shard_bytes=max_shard_size, timeout=timeout, trust=trust, progress=progress)
         except AutomatchError as error:
             if console.is_main_rank() or (isinstance(error, RankLostError) and "rank 0" in str(error)):
                 raise
@@ -77,6 +88,21 @@ def command(
     console.say(f"{done.path}: {count(done.n_tensors, 'tensor')}, {count(done.n_bytes, 'byte')} in {count(done.n_shards, 'shard')}{reused}")
     if done.left_out:
         console.note(f"Note: {count(len(done.left_out), 'entry', 'entries')} of the checkpoint not in it, e.g. {done.left_out[0]!r}")
+
+
+def _kept(ctx: click.Context, path: str, threshold: float, partial: bool) -> KeyMapping:
+    """The matches that are sure; refuses when parameters of the model would have no source."""
+    from automatch import KeyMapping
+    from automatch.report.wording import count, short
+
+    kept = plan_of(KeyMapping.load(path), threshold)
+    unfed = unfed_keys(kept)
+    if unfed and not partial:
+        listed = "".join(f"\n  {short(key)}" for key in unfed[:20]) + (f"\n  and {len(unfed) - 20} more" if len(unfed) > 20 else "")
+        reason = f"{count(len(unfed), 'tensor')} of the model would stay without a source; review the mapping, or give --partial:"
+        console.note(f"Refused: {reason}{listed}")
+        ctx.exit(REFUSED)
+    return kept
 
 
 @contextmanager

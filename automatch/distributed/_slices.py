@@ -147,7 +147,7 @@ def _read_rows(
 
 def _read_into(file: IO[bytes], offset: int, tensor: torch.Tensor, label: str) -> None:
     """Fill a contiguous tensor with bytes of a file; ``pread``, so that a file cut short is an error and not a signal."""
-    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    flat: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     memory = memoryview(flat)
     done = 0
     while done < len(memory):

@@ -165,7 +165,10 @@ class _Cutter:
                 yield from self._stored(0, box)
 
     def _stored(self, source: int, box: Box) -> Iterator[Piece]:
+        start, stop = (box[0][0], sum(box[0])) if box else (0, 1)
         for i, chunk in enumerate(self._chunks[source]):
+            if chunk and (chunk[0][0] >= stop or sum(chunk[0]) <= start):  # most chunks are other ranks'; say so fast
+                continue
             part = overlap(box, chunk)
             if part is not None:
                 yield Piece(source, i, part, part)

@@ -79,7 +79,7 @@ def convert(
     Args:
         checkpoint: a torch.distributed.checkpoint directory or a folder of safetensors files that every rank sees.
         out: the new directory; it must not exist.
-        mapping: a reviewed mapping, or its file; None keeps all keys.
+        mapping: a reviewed mapping, or its file; every match of it is used, whatever its confidence. None keeps all keys.
         to: "safetensors" for a folder with an index (tensors of the model alone), "dcp" for a
             torch.distributed.checkpoint directory (optimizer state and objects follow).
         max_shard_bytes: the largest file, in bytes, > 0; a larger tensor has a file to itself.

@@ -171,8 +171,9 @@ class _Follower:
                     return entry
                 if self._owner(rest, self._matches) is not None:
                     return None
-        if key.endswith("." + EXTRA) and key.startswith(target_prefix):
-            return self._extra(key, key[len(target_prefix) : -len(EXTRA) - 1])
+        module, dot, rest = key.removeprefix(target_prefix).partition(f".{EXTRA}")
+        if dot and key.startswith(target_prefix):
+            return self._extra(key, module, rest)
         return Entry(key, (key,), Copy()) if key in self._stored else None
 
     def _state(self, key: str, prefix: str, rest: str) -> Entry | None:
@@ -226,9 +227,10 @@ class _Follower:
                 return Entry(key, (source,), Copy())
         return None
 
-    def _extra(self, key: str, module: str) -> Entry | None:
+    def _extra(self, key: str, module: str, rest: str) -> Entry | None:
+        """A module's extra state; where it is a dict, each of its entries has a flat key."""
         sources = self._modules.get(module, set())
-        name = f"{self._prefix}{next(iter(sources))}.{EXTRA}" if len(sources) == 1 else ""
+        name = f"{self._prefix}{next(iter(sources))}.{EXTRA}{rest}" if len(sources) == 1 else ""
         return Entry(key, (name,), Copy()) if name in self._stored else None
 
     def _owner(self, rest: str, names: Iterable[str]) -> str | None:

@@ -23,7 +23,7 @@ from automatch.distributed.storage import Reader, identity, open_reader
 from automatch.distributed.target import Target
 from automatch.errors import LoadError, MappingError
 from automatch.mapping import CONFIDENT, KeyMapping, Match, Side
-from automatch.matching import propose_mapping
+from automatch.matching import Pins, propose_mapping
 from automatch.refusal import explain_refusal, needed_keys, shorten, without_open_questions
 from automatch.specs import StateSpec
 from automatch.transforms import Copy, to_dict
@@ -81,6 +81,7 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     strict: bool = True,
     threshold: float = CONFIDENT,
+    pins: Pins | None = None,
     timeout: float = 60.0,
     trust: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -93,7 +94,9 @@ def load(
         mapping: a reviewed mapping, or its file; None proposes one, on rank 0 alone.
         optimizer: the module's optimizer; its state follows its parameters.
         strict: refuse when a parameter, or an entry of the optimizer, would keep its initial value.
-        threshold: a proposed match is used from this confidence on, in [0, 1].
+        threshold: matches are used from this confidence on, in [0, 1]; decided ones always.
+        pins: pairs that a person has decided, as for `propose_mapping`; ``{target: None}`` also says that the
+            initial value is meant to stay.
         timeout: seconds without a sign of life after which a rank counts as lost and all others stop, > 0.
         trust: allow pickled entries to execute code.
         group: the process group; None for the default one.
@@ -106,7 +109,7 @@ def load(
     with Crew(group, timeout=timeout) as crew:
         target = crew.together("describing the model", lambda: Target(model, optimizer))
         try:
-            return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, trust))
+            return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, pins or {}, trust))
         except BaseException:
             target.forget()
             raise
@@ -117,6 +120,7 @@ class _Options:
     mapping: KeyMapping | str | os.PathLike[str] | None
     strict: bool
     threshold: float
+    pins: Pins
     trust: bool
 
 
@@ -157,22 +161,25 @@ def _propose(target: Target, path: Path, given: KeyMapping | None, options: _Opt
     metadata = reader.read_metadata()
     if given is None:
         source = spec_of_metadata(metadata, str(path))
-        whole = propose_mapping(target.spec, source)
-        plan = without_open_questions(whole.confident(options.threshold))
+        whole = propose_mapping(target.spec, source, pins=options.pins)
         prefix = "".join(f"{part}." for part in source.wrapper)
     else:
         prefix = find_source_prefix(given, metadata)
         source = spec_of_metadata(metadata, str(path), prefix)
         check_side(given.source, source, "checkpoint")
         check_side(given.target, target.spec, "model")
-        whole = plan = given
-    needed = needed_keys(target.spec, (match.target for match in plan.matches))
+        whole = given
+        for key, sources in options.pins.items():
+            whole = whole.decide(key, sources)
+    plan = without_open_questions(whole.confident(options.threshold))
+    fed = (*(match.target for match in plan.matches), *(key for key, sources in options.pins.items() if sources is None))
+    needed = needed_keys(target.spec, fed)
     if options.strict and needed:
         raise LoadError(explain_refusal(whole, needed, options.threshold))
     lean = tuple(Match(match.target, match.sources, match.transform) for match in plan.matches)
     groups = match_groups(plan, target.flat, reader, trust=options.trust)
     side = Side(str(path), source.fingerprint, len(source), StateSpec((), str(path), source.wrapper))
-    return _Order(lean, side, target.spec.fingerprint, digest(plan), identity(path), metadata, prefix, groups), whole
+    return _Order(lean, side, target.spec.fingerprint, digest(given or plan), identity(path), metadata, prefix, groups), whole
 
 
 def _checked(order: _Order, target: Target, path: Path, given: KeyMapping | None) -> KeyMapping:

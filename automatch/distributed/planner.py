@@ -75,7 +75,8 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     Each rank reads only the slices that its shards need. Targets that need whole sources are listed in `whole_reads`.
 
     Args:
-        mapping: which keys of the checkpoint feed which keys of the state_dict.
+        mapping: which keys of the checkpoint feed which keys of the state_dict; every match of it is used, whatever its
+            confidence.
         groups: parameter group of the optimizer to the one of the checkpoint whose settings it takes.
         entries: what feeds each entry, where it has been found already.
         allow_partial_load: leave entries that nothing feeds as they are; otherwise they are an error.
@@ -238,6 +239,8 @@ class MappedLoadPlanner(DefaultLoadPlanner):
             chunks = [[box_of(chunk) for chunk in md.chunks] for md in tensors]
             try:
                 pieces = cut(entry.transform, chunks, shapes, box)
+            except TransformError as error:
+                raise LoadError(f"{entry.target!r} cannot be made of {', '.join(map(repr, entry.sources))}: {error}") from error
             except NotSliceableError as reason:
                 nbytes = sum(md.size.numel() * md.properties.dtype.itemsize for md in tensors)
                 self.whole_reads.append(WholeRead(entry.target, nbytes, str(reason)))

@@ -126,11 +126,13 @@ def _targets(mapping: KeyMapping, metadata: Metadata, prefix: str, to: Format) -
     sources = {key for match in mapping.matches for key in match.sources}
     for key, stored in metadata.state_dict_metadata.items():
         path = planned.get(key, (key,))
-        of_model = path[:-1] == head and key.startswith(prefix)
-        if of_model and key.endswith(f".{EXTRA}"):
-            module = key[len(prefix) : -len(EXTRA) - 1]
-            targets.update({f"{prefix}{name}.{EXTRA}": (*head, f"{name}.{EXTRA}") for name in _renamed_modules(mapping, module)})
-        elif of_model and (isinstance(stored, TensorStorageMetadata) or key[len(prefix) :] in sources):
+        of_model = path[: len(head)] == head and key.startswith(prefix)
+        module, dot, rest = key[len(prefix) :].partition(f".{EXTRA}")
+        if of_model and dot:
+            for name in _renamed_modules(mapping, module):
+                place = (*head, f"{name}.{EXTRA}", *path[len(head) + 1 :])
+                targets[f"{prefix}{name}.{EXTRA}{rest}"] = place
+        elif of_model and len(path) == len(head) + 1 and (isinstance(stored, TensorStorageMetadata) or key[len(prefix) :] in sources):
             continue
         elif key.endswith(".params") and "param_groups" in path[:-1]:
             targets[key] = path

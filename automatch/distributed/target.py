@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -154,8 +155,12 @@ class Target:
                         to.copy_(values)
                 elif self._model is None:
                     set_element(self.nested, path, new)
+                elif isinstance(old, torch.Tensor) and old.is_meta:
+                    meta[str(path[1])] = new
                 else:
-                    (meta if isinstance(old, torch.Tensor) and old.is_meta else other)[str(path[-1])] = new
+                    if len(path) > 2:  # an entry of a dict of extra state; what is not fed keeps its value
+                        other.setdefault(str(path[1]), copy.deepcopy(self.nested[MODEL][path[1]]))
+                    set_element(other, path[1:], new)
         if self._model is not None and (meta or other):
             _hand_over(self._model, list(self.nested[MODEL]), meta, other)
 

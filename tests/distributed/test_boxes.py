@@ -95,7 +95,7 @@ def read(transform: Transform, arrays: list[np.ndarray], chunks: list[list[Box]]
 
 
 @given(cases())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_pieces_make_up_the_box(case: tuple[Transform, list[Shape], list[list[Box]], Box]) -> None:
     transform, shapes, chunks, box = case
     starts = itertools.accumulate((math.prod(shape) for shape in shapes), initial=0)

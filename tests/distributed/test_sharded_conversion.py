@@ -28,6 +28,7 @@ from automatch.cli.convert_distributed import size
 from automatch.distributed import convert, load
 from automatch.distributed.shards import assign
 from automatch.errors import CheckpointError, MappingError
+from automatch.mapping import Match
 from automatch.transforms import apply_transform
 
 pytestmark = pytest.mark.distributed
@@ -60,10 +61,8 @@ def old_state(trained: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def identity_matches() -> list[Any]:
-    from automatch.mapping import Match
-
-    return [Match(key, (key,)) for key in Old().state_dict()]
+def identity_matches() -> list[Match]:
+    return [Match(key, (key,), decided=True) for key in Old().state_dict()]
 
 
 def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None) -> Any:
@@ -226,6 +225,17 @@ def test_errors_are_said_once(trained: Path, tmp_path: Path) -> None:
     assert first[:2] == (2, "")
     assert "exists; name a new directory" in first[2]
     assert second == (1, "", "")
+
+
+def test_an_incomplete_mapping_is_refused(trained: Path, tmp_path: Path) -> None:
+    path = mapping_of(Old(), New(), matches()[1:]).save(tmp_path / "mapping.json")
+    command = ["convert-distributed", str(trained), "--mapping", str(path), "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 1
+    assert "Refused: 1 tensor of the model would stay without a source" in refused.stderr
+    assert "tokens.weight" in refused.stderr
+    written = CliRunner().invoke(main, [*command, "--partial", "--json"])
+    assert json.loads(written.stdout)["n_tensors"] == len(New().state_dict()) - 1
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("7", 7), ("1.5kB", 1500), ("2GiB", 2**31), ("3 M", 3 * 10**6)])

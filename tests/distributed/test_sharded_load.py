@@ -128,7 +128,7 @@ def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Pat
     state = {"odd": distribute_tensor(torch.zeros(6, 8), mesh, [Shard(1)])}
     empty = mapping_of(old_model(), new_model(), [])
     target = Side.of(StateSpec((TensorSpec("odd", (6, 8)),)))
-    mapping = replace(empty, target=target).with_matches([Match("odd", ("layers.0.query.weight",), odd)])
+    mapping = replace(empty, target=target).with_matches([Match("odd", ("layers.0.query.weight",), odd, decided=True)])
     report = load(state, path, mapping, timeout=20)
     return state["odd"].full_tensor(), [(read.key, read.nbytes) for read in report.whole_reads]
 

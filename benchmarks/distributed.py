@@ -1,0 +1,317 @@
+"""Loading and converting with several ranks beside plain `torch.distributed.checkpoint`; and what 100,000 keys cost.
+
+    python benchmarks/distributed.py --folder /tmp/bench --gigabytes 4 --ranks 2 --repeats 3
+
+writes `benchmarks/results/distributed.md`. Every measured load runs in processes of its own, one after the other, with the
+files out of the page cache; the variants take turns, and the medians of the repeats are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "distributed.md"
+WIDTH = 2048
+
+
+def layers_for(gigabytes: float) -> int:
+    """How many layers of the model make up a checkpoint of that size in float32."""
+    return max(1, round(gigabytes * 1e9 / 4 / (12 * WIDTH * WIDTH)))
+
+
+def build(kind: str, layers: int) -> torch.nn.Module:
+    """The model under its old keys, renamed, or renamed with q, k and v fused."""
+    from torch import nn
+
+    names = {
+        "old": ("q", "k", "v", "o", "up", "down"),
+        "renamed": ("wq", "wk", "wv", "wo", "fc1", "fc2"),
+        "fused": ("qkv", "wo", "fc1", "fc2"),
+    }[kind]
+    shapes = {
+        "up": (4 * WIDTH, WIDTH),
+        "fc1": (4 * WIDTH, WIDTH),
+        "down": (WIDTH, 4 * WIDTH),
+        "fc2": (WIDTH, 4 * WIDTH),
+        "qkv": (3 * WIDTH, WIDTH),
+    }
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:
+                rows, columns = shapes.get(name, (WIDTH, WIDTH))
+                setattr(self, name, nn.Linear(columns, rows, bias=False))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, "layers" if kind == "old" else "blocks", nn.ModuleList(Block() for _ in range(layers)))
+
+    with torch.device("meta"):
+        return Model()
+
+
+def mapping_between(old: torch.nn.Module, new: torch.nn.Module, kind: str) -> Any:
+    """The reviewed mapping from the old keys."""
+    from automatch.mapping import KeyMapping, Match, Side
+    from automatch.specs import spec_of_model
+    from automatch.transforms import Concat, Copy
+
+    back = {"wq": ("q",), "wk": ("k",), "wv": ("v",), "wo": ("o",), "fc1": ("up",), "fc2": ("down",), "qkv": ("q", "k", "v")}
+    empty = KeyMapping(Side.of(spec_of_model(old)), Side.of(spec_of_model(new)), ())
+    matches: list[Match] = []
+    for key in empty.target.spec.keys if empty.target.spec else ():
+        _, index, name, leaf = key.split(".")
+        sources = tuple(f"layers.{index}.{part}.{leaf}" for part in back[name])
+        matches.append(Match(key, sources, Concat(0) if len(sources) > 1 else Copy(), decided=True))
+    return empty.with_matches(matches)
+
+
+# ---- what runs on the ranks ---------------------------------------------------------------------------------
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for block in next(iter(model.children())):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def save(path: Path, layers: int) -> dict[str, Any]:
+    """Write the checkpoint under the old keys, sharded over the ranks."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = shard(build("old", layers))
+    model.to_empty(device="cpu")
+    torch.manual_seed(torch.distributed.get_rank())
+    for parameter in model.parameters():
+        parameter.detach().to_local().random_(-1000, 1000)
+    dcp.save(get_model_state_dict(model), checkpoint_id=path)
+    return {}
+
+
+def load_plain(path: Path, layers: int) -> dict[str, Any]:
+    """What one writes today for a class whose keys are the checkpoint's."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = shard(build("old", layers))
+
+    def run() -> None:
+        model.to_empty(device="cpu")
+        dcp.load(get_model_state_dict(model), storage_reader=plain_reader(path))
+
+    return measured(run)
+
+
+def plain_reader(path: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+
+    return FileSystemReader(path) if (path / ".metadata").exists() else HuggingFaceStorageReader(str(path))
+
+
+def load_mapped(path: Path, layers: int, kind: str, materialised: bool = False) -> dict[str, Any]:
+    """The same checkpoint into the refactored class."""
+    from automatch.distributed import load
+
+    mapping = mapping_between(build("old", layers), build(kind, layers), kind)
+    model = shard(build(kind, layers))
+    if materialised:
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.detach().to_local().zero_()
+
+    def run() -> None:
+        load(model, path, mapping)
+
+    return measured(run)
+
+
+def convert_all(path: Path, layers: int, out: Path) -> dict[str, Any]:
+    """Convert to a safetensors folder under the renamed keys."""
+    from automatch.distributed import convert
+
+    mapping = mapping_between(build("old", layers), build("renamed", layers), "renamed")
+    return measured(lambda: convert(path, out, mapping, max_shard_bytes=500_000_000))
+
+
+def measured(run: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds, peak memory over the start, and bytes that read calls returned, on this rank."""
+    torch.distributed.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    start, read = status("VmRSS"), read_bytes()
+    clock = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - clock
+    return {"seconds": seconds, "peak": status("VmHWM") - start, "read": read_bytes() - read, "anonymous": status("RssAnon")}
+
+
+def status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+WORK: dict[str, Callable[..., dict[str, Any]]] = {
+    "save": save,
+    "plain": load_plain,
+    "renamed": lambda path, layers: load_mapped(path, layers, "renamed"),
+    "fused": lambda path, layers: load_mapped(path, layers, "fused"),
+    "materialised": lambda path, layers: load_mapped(path, layers, "renamed", materialised=True),
+    "convert": lambda path, layers: convert_all(path, layers, path.with_name("converted")),
+}
+
+
+def rank_main(work: str, path: Path, layers: int, out: Path) -> None:
+    """What each process of a world does."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = WORK[work](path, layers)
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- running and printing -------------------------------------------------------------------------------------
+
+
+def run_world(work: str, ranks: int, path: Path, layers: int, folder: Path) -> list[dict[str, Any]]:
+    """Run one piece of work on fresh processes, with the files out of the page cache."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for file in path.rglob("*") if path.exists() else ():
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+    arguments = ["--rank", work, "--folder", str(path), "--layers", str(layers), "--out", str(out)]
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def compare(folder: Path, gigabytes: float, ranks: int, repeats: int) -> list[str]:
+    """The tables of loads and of the conversion."""
+    layers = layers_for(gigabytes)
+    lines: list[str] = []
+    for writers in (1, ranks):
+        path = folder / f"by{writers}"
+        if not path.exists():
+            run_world("save", writers, path, layers, folder)
+        total = sum(file.stat().st_size for file in path.iterdir())
+        lines += [f"### Saved by {writers} rank{'s' * (writers > 1)}, loaded by {ranks} ({total / 1e9:.2f} GB on disk)", ""]
+        lines += load_table(path, layers, folder, ranks, repeats, total)
+    return [*lines, *convert_table(folder, layers, ranks, repeats)]
+
+
+def load_table(path: Path, layers: int, folder: Path, ranks: int, repeats: int, total: int) -> list[str]:
+    rows = {"plain": "`dcp.load`, right names", "renamed": "automatch, renamed", "fused": "automatch, renamed and q, k, v fused"}
+    rows |= {"materialised": "automatch, renamed, into a model that holds values"}
+    runs: dict[str, list[list[dict[str, Any]]]] = {work: [] for work in rows}
+    for _ in range(repeats):
+        for work in rows:
+            runs[work].append(run_world(work, ranks, path, layers, folder))
+            print(
+                work, [f"{r['seconds']:.1f} s, {r['peak'] / 1e9:.2f} GB, read {r['read'] / 1e9:.2f} GB" for r in runs[work][-1]], flush=True
+            )
+
+    def median(work: str, field: str) -> float:
+        return statistics.median(max(rank[field] for rank in world) for world in runs[work])
+
+    lines = [
+        "| | seconds (slowest rank) | × plain | peak memory per rank | × plain | read per rank | of the total |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for work, label in rows.items():
+        seconds, peak, read = (median(work, field) for field in ("seconds", "peak", "read"))
+        slower, larger = seconds / median("plain", "seconds"), peak / median("plain", "peak")
+        memory = f"{peak / 1e9:.2f} GB | {larger:.2f}"
+        lines.append(f"| {label} | {seconds:.2f} | {slower:.2f} | {memory} | {read / 1e9:.2f} GB | {read / total:.2f} |")
+    return [*lines, ""]
+
+
+def convert_table(folder: Path, layers: int, ranks: int, repeats: int) -> list[str]:
+    path = folder / f"by{ranks}"
+    total = sum(file.stat().st_size for file in path.iterdir())
+    lines = [f"### DCP directory to safetensors folder, renamed ({total / 1e9:.2f} GB, files of 0.5 GB)", ""]
+    lines += ["| | seconds | GB/s | peak memory per rank |", "|---|---|---|---|"]
+    worlds: dict[int, list[list[dict[str, Any]]]] = {1: [], ranks: []}
+    copies: list[float] = []
+    for _ in range(repeats):
+        for count in worlds:
+            worlds[count].append(run_world("convert", count, path, layers, folder))
+            shutil.rmtree(folder / "converted")
+            print("convert", count, worlds[count][-1], flush=True)
+        clock = time.perf_counter()
+        subprocess.run(["sh", "-c", f"cp -r {path} {folder / 'copied'} && sync -f {folder / 'copied'}"], check=True)
+        copies.append(time.perf_counter() - clock)
+        shutil.rmtree(folder / "copied")
+    seconds = statistics.median(copies)
+    lines.append(f"| `cp -r` and `sync` | {seconds:.2f} | {total / seconds / 1e9:.2f} | |")
+    for count, found in worlds.items():
+        seconds = statistics.median(max(rank["seconds"] for rank in world) for world in found)
+        peak = statistics.median(max(rank["peak"] for rank in world) for world in found)
+        lines.append(f"| automatch, {count} rank{'s' * (count > 1)} | {seconds:.2f} | {total / seconds / 1e9:.2f} | {peak / 1e9:.2f} GB |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are kept")
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip-loads", action="store_true", help="print the costs at 100,000 keys only")
+    parser.add_argument("--skip-scale", action="store_true", help="leave out the costs at 100,000 keys")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        rank_main(options.rank, options.folder, options.layers, options.out)
+        return
+    from distributed_scale import scale_tables
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    lines = [] if options.skip_loads else compare(options.folder, options.gigabytes, options.ranks, options.repeats)
+    if not options.skip_scale:
+        lines += scale_tables(options.folder)
+    command = "python benchmarks/distributed.py " + " ".join(arg for arg in sys.argv[1:])
+    head = [
+        "# Distributed loading and conversion",
+        "",
+        f"`{command}` on {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}, gloo.",
+        "",
+    ]
+    text = "\n".join([*head, *lines])
+    print(text)
+    if not options.skip_loads:
+        RESULTS.parent.mkdir(exist_ok=True)
+        (options.folder / "results.md" if options.gigabytes < 1 else RESULTS).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

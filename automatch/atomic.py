@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class _Undo:
             table.update(old)
         with torch.no_grad():
             for tensor, value in reversed(self.values):
-                tensor.copy_(value)
+                with suppress(RuntimeError):  # what cannot be written to (an expanded buffer) has not been changed either
+                    tensor.copy_(value)
 
 
 def _write(undo: _Undo) -> None:
@@ -98,9 +99,11 @@ def _write(undo: _Undo) -> None:
                 settled[id(old)] = new if old.is_meta or old.shape != new.shape else old.copy_(new)
             for table, before in undo.slots:  # tied slots too, of which the state may have named one only
                 table.update({name: settled[id(old)] for name, old in before.items() if old is not None and id(old) in settled})
-        except BaseException:
+        except BaseException as error:
             undo()
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise LoadError(f"writing the tensors failed, the model is unchanged: {error}") from error
 
 
 def _assigned(undo: _Undo) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

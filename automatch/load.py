@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from automatch.matching import Pins
 
 
+_EXPLAINED = 20
+
+
 class LoadReport(NamedTuple):
     """What `load` did; the first two fields are those of PyTorch's `load_state_dict`.
 
@@ -135,7 +138,7 @@ def _left_warnings(plan: LoadPlan, model: nn.Module, missing: tuple[str, ...]) -
     found: list[str] = []
     if missing:
         found.append(f"{len(missing)} keys keep their initial values: {shorten(missing)}")
-    for key in missing:
+    for key in missing[:_EXPLAINED]:
         resized = resized_source(key, plan.chosen)
         if resized is not None:
             found.append(f"size mismatch for {key!r} with {resized.key!r}: {explain_mismatch(key, resized.shape, plan.target[key].shape)}")

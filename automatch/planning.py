@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from automatch.adapt import pins_to_adapt, plan_adaptations
 from automatch.apply import check_side
-from automatch.errors import LoadError
+from automatch.errors import LoadError, TransformError
 from automatch.mapping import CONFIDENT, KeyMapping, Side
 from automatch.migrations import find_migration, migrations_folder
 from automatch.readers import open_checkpoint
 from automatch.refusal import explain_refusal, fed_keys, needed_keys, without_open_questions
 from automatch.specs import StateSpec, spec_of_model
+from automatch.transforms import Concat, Stack, Transform, output_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,5 +110,23 @@ def _mapping_for(target: StateSpec, ckpt: Any, mapping: MappingLike | None, pins
         mapping = KeyMapping.load(Path(mapping))
     check_side(mapping.target, target, "model")
     for key, sources in pins.items():
-        mapping = mapping.decide(key, sources)
+        mapping = mapping.decide(key, sources, _transform_of(mapping, key, sources))
     return replace(mapping, target=Side.of(target))
+
+
+def _transform_of(mapping: KeyMapping, key: str, sources: str | Sequence[str] | None) -> Transform | None:
+    """The transform that a pin means: the one that the mapping has for the same sources, or the join that fits."""
+    names = (sources,) if isinstance(sources, str) else tuple(sources or ())
+    known = mapping.get(key)
+    if known is not None and known.sources == names:
+        return known.transform
+    source, target = mapping.source.spec, mapping.target.spec
+    if len(names) < 2 or source is None or target is None or key not in target or any(name not in source for name in names):
+        return None
+    shapes = [source[name].shape for name in names]
+    for join in (Concat, Stack):
+        for dim in range(len(target[key].shape)):
+            with suppress(TransformError):
+                if output_shape(join(dim), shapes) == target[key].shape:
+                    return join(dim)
+    return Concat(0)  # which fails with both shapes in its message

@@ -13,7 +13,7 @@ from automatch.errors import AutomatchError, CheckpointError, LoadError, Mapping
 from automatch.mapped import MappedCheckpoint
 from automatch.mapping import Match, Option, Question
 from automatch.specs import spec_of_state_dict
-from automatch.transforms import Concat, Slice
+from automatch.transforms import Concat, Permute, Slice
 
 
 class Net(nn.Module):
@@ -256,7 +256,7 @@ def test_a_write_that_fails_midway_leaves_the_model_as_it_was(model, ckpt, monke
         return copy(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "copy_", failing)
-    with pytest.raises((LoadError, RuntimeError), match="out of memory"):
+    with pytest.raises(LoadError, match="writing the tensors failed, the model is unchanged: out of memory"):
         automatch.load(model, ckpt, mapping=mapping)
     monkeypatch.undo()
     assert len(calls) > 4
@@ -384,3 +384,25 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(large, monkeypatch):
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         automatch.load(model, path, mapping=mapping)
     assert_unchanged(model, before)
+
+
+def test_a_buffer_that_cannot_be_written_to_fails_the_load_and_nothing_else():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_buffer("flag", torch.ones(1).expand(3))
+    source = {"flag": torch.zeros(3)} | {key: torch.randn_like(value) for key, value in model.state_dict().items() if key != "flag"}
+    before = snapshot_of(model)
+    with pytest.raises(LoadError, match="the model is unchanged"):
+        automatch.load(model, source, mapping=mapping_of(model, source, {key: key for key in source}))
+    assert_unchanged(model, before)
+
+
+def test_pins_upon_a_mapping_keep_or_find_the_transform(ckpt):
+    source = {"a": torch.randn(2, 3), "b": torch.randn(2, 3), "t": torch.randn(3, 4), "s": torch.randn(2, 3)}
+    model = nn.ParameterDict({"ab": torch.zeros(4, 3), "t": torch.zeros(4, 3), "s": torch.zeros(2, 2, 3)})
+    mapping = mapping_of(model, source, {"t": ("t", Permute((1, 0)))}, confidence=0.4)
+    automatch.load(model, source, mapping=mapping, pins={"ab": ["a", "b"], "t": "t", "s": ["s", "s"]})
+    assert torch.equal(model["ab"], torch.cat([source["a"], source["b"]]))
+    assert torch.equal(model["t"], source["t"].T)
+    assert torch.equal(model["s"], torch.stack([source["s"]] * 2))
+    with pytest.raises(MappingError, match=r"'ab' cannot be made from 'a', 't'"):
+        automatch.load(model, source, mapping=mapping, pins={"ab": ["a", "t"], "t": "t", "s": ["s", "s"]})

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from automatch.apply import open_source
-from automatch.errors import LoadError, MissingExtraError
+from automatch.errors import AutomatchError, LoadError, MissingExtraError
 from automatch.load import LoadReport, report_of, values_of
 from automatch.mapping import CONFIDENT
 from automatch.optimizer import remap_optimizer_state
@@ -37,6 +37,7 @@ class _Remapper:
         self.report: LoadReport | None = None
         self.plan: LoadPlan | None = None
         self.checkpoint: Checkpoint | None = None
+        self.before: dict[str, torch.Tensor] = {}
 
     def weights(self, model: Any, checkpoint: Checkpoint, strict: bool | None = None) -> None:
         """Replace the weights in ``checkpoint``, and every copy of them; nothing is changed when it is refused."""
@@ -49,6 +50,8 @@ class _Remapper:
             values = complete_state(values_of(plan, model, opened), plan.target, model.state_dict())
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         moved = remap_copies(others, plan.chosen, model)
+        if checkpoint.get("optimizer_states"):  # they are moved later: should that fail, the weights are put back
+            self.before = {key: value.detach().clone() for key, value in model.state_dict().items()}
         checkpoint.update(moved)
         checkpoint["state_dict"] = values
         self.plan, self.checkpoint, self.report = plan, checkpoint, report_of(plan, model)
@@ -58,16 +61,26 @@ class _Remapper:
         checkpoint, plan = self.checkpoint, self.plan
         if checkpoint is None or plan is None:
             return
-        self.checkpoint = None
+        from automatch.atomic import replace_values
+
+        before, self.checkpoint, self.before = self.before, None, {}
         saved: list[Any] = checkpoint.get("optimizer_states") or []
         if not saved or not optimizers:
             return
+        try:
+            checkpoint["optimizer_states"] = self._moved(plan, model, checkpoint, saved, optimizers)
+        except AutomatchError:
+            replace_values(model, before)
+            raise
+
+    @staticmethod
+    def _moved(plan: LoadPlan, model: Any, checkpoint: Checkpoint, saved: list[Any], optimizers: list[Any]) -> list[Any]:
         if len(saved) != len(optimizers):
             raise LoadError(f"the checkpoint holds the states of {len(saved)} optimizers, the module configures {len(optimizers)}")
         found = read_snapshot(checkpoint)
         known = found is not None and len(found.optimizers) == len(saved)
         orders: list[Any] = list(found.optimizers) if found is not None and known else [None] * len(saved)
-        checkpoint["optimizer_states"] = [
+        return [
             remap_optimizer_state(state, plan.chosen, getattr(optimizer, "optimizer", optimizer), model, names=names)
             for state, optimizer, names in zip(saved, optimizers, orders, strict=True)
         ]

@@ -377,3 +377,14 @@ def test_several_optimizers_each_follow(pl, tmp_path):
     fit(pl, unchanged, 4, tmp_path, [], path)
     fit(pl, renamed, 4, tmp_path, [automatch.lightning.AutoMatch(mapping=mapping)], path)
     assert renamed.losses == pytest.approx(unchanged.losses, rel=1e-9)
+
+
+def test_optimizer_states_that_cannot_follow_leave_the_module_as_it_was(pl, tmp_path):
+    v1, v2 = modules(pl, "adam", 2)
+    path = trained(pl, v1, tmp_path)
+    refactored = modules(pl, "adam", 1)[1]()
+    before = snapshot_of(refactored)
+    match = automatch.lightning.AutoMatch(mapping=mapping_of(v2(), torch.load(path)["state_dict"], FEEDS))
+    with pytest.raises(automatch.MappingError, match="has 2 parameter groups, the new one has 1"):
+        fit(pl, refactored, 6, tmp_path, [match], path)
+    assert_unchanged(refactored, before)

@@ -70,9 +70,10 @@ class SourceFile(Bytes):
         CheckpointError: the file is missing, cannot be read, or is not a regular file.
     """
 
+    fd = -1
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.fd = -1
         try:
             self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ torch unpickles `.metadata` with everything in it; here it is read as data.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from automatch.readers._torch_tree import sizes
 from automatch.specs import StateSpec
 
 MAX_CHUNKS = 1_000_000
+MAX_CELLS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +185,26 @@ def _dtype(node: Any, key: str, origin: str) -> str:
 
 def _check_cover(key: str, shape: tuple[int, ...], chunks: list[Chunk], origin: str) -> None:
     """Make sure that the chunks tile the tensor: disjoint, inside, and all of it."""
-    volume = sum(_volume(chunk.shape) for chunk in chunks)
-    outside = any(o + s > n for chunk in chunks for o, s, n in zip(chunk.offsets, chunk.shape, shape, strict=True))
-    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
-    overlap = any(_overlap(a, b) for a, b in (itertools.combinations(ordered, 2) if len(chunks) <= 256 else itertools.pairwise(ordered)))
-    if volume != _volume(shape) or outside or overlap:
+    if sum(_volume(chunk.shape) for chunk in chunks) != _volume(shape) or not _cover(shape, chunks):
         raise CheckpointError(f"the chunks of {key!a} in {origin} do not tile its shape {list(shape)}; the folder is damaged")
 
 
-def _overlap(a: Chunk, b: Chunk) -> bool:
-    return all(x < y + t and y < x + s for x, s, y, t in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)) and bool(a.shape)
+def _cover(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
+    """Whether every cell of the grid that the chunks' edges span lies in a chunk, and no chunk outside the shape."""
+    import numpy as np
+
+    if 0 in shape or not shape:
+        return True
+    edges = [sorted({edge for c in chunks for edge in (c.offsets[d], c.offsets[d] + c.shape[d])}) for d in range(len(shape))]
+    cells = math.prod(len(along) - 1 for along in edges)
+    if [(along[0], along[-1]) for along in edges] != [(0, size) for size in shape] or cells * len(chunks) > MAX_CELLS:
+        return False
+    places = [{edge: at for at, edge in enumerate(along)} for along in edges]
+    grid = np.zeros([len(along) - 1 for along in edges], bool)
+    for chunk in chunks:
+        box = zip(places, chunk.offsets, chunk.shape, strict=True)
+        grid[tuple(slice(place[start], place[start + size]) for place, start, size in box)] = True
+    return bool(grid.all())
 
 
 def _volume(shape: tuple[int, ...]) -> int:

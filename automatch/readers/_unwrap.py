@@ -157,11 +157,15 @@ def _only_moments(children: Mapping[Any, Any], node: type[Node]) -> bool:
 
 def _joined(found: _Found) -> Iterable[State]:
     """For each mapping of mappings, everything below it as one set of weights."""
+    below: dict[tuple[str, ...], list[State]] = {}
+    for state in found.states:
+        for length in range(len(state.path) + 1):
+            below.setdefault(state.path[:length], []).append(state)
     for path in found.parents:
         tensors: dict[str, Any] = {}
         others: dict[str, Any] = {}
         nodes: dict[str, Any] = {}
-        parts = [state for state in found.states if state.path[: len(path)] == path]
+        parts = below.get(path, [])
         for state in parts:
             prefix = "".join(f"{part}." for part in state.path[len(path) :])
             tensors |= {prefix + key: tensor for key, tensor in state.tensors.items()}

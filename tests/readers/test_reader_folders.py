@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,22 @@ def test_distributed_checkpoints_that_lead_elsewhere_or_lack_files_are_refused(s
     part.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (3, 0), (8, 0), (2**62, 0)])
+def test_chunks_that_do_not_tile_their_tensor_are_refused(tmp_path, offsets):
+    """The second rank's rows begin at 4; anywhere else they overlap the first ones, or leave a hole."""
+    shutil.copytree(DATA / "dcp_two_ranks", tmp_path / "dcp")
+    metadata = tmp_path / "dcp" / ".metadata"
+    tree = pickle.loads(metadata.read_bytes())
+    for chunk in tree.state_dict_metadata["sharded"].chunks[1:]:
+        chunk.offsets = torch.Size(offsets)
+    tree.storage_data = {
+        replace(i, offset=i.offset and torch.Size(offsets if any(i.offset) else (0, 0))): v for i, v in tree.storage_data.items()
+    }
+    metadata.write_bytes(pickle.dumps(tree))
+    with pytest.raises(CheckpointError, match=r"do not tile its shape \[7, 2\]|2\^60|is missing"):
+        open_checkpoint(tmp_path / "dcp")
 
 
 def test_tensors_that_several_ranks_wrote_are_joined():

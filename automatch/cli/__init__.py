@@ -21,6 +21,7 @@ COMMANDS = {
     "check": "automatch.cli.check:command",
     "snapshot": "automatch.cli.snapshot:command",
     "export": "automatch.cli.export:command",
+    "explain": "automatch.cli.explain:command",
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",
 }

@@ -11,13 +11,10 @@ from click.testing import CliRunner
 
 from automatch import propose_mapping
 from automatch.cli import main
-from automatch.demo import DemoResult, run
+from automatch.demo import DemoResult, after, run
 from automatch.demo.after import MedicalSegmentationModel as Refactored
 from automatch.demo.before import MedicalSegmentationModel
 from automatch.demo.training import dice, synthetic_scans
-
-needs_engine = pytest.mark.xfail(strict=False, reason="the placeholder engine is not sure of any of it")
-
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str]:
@@ -26,7 +23,6 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str]:
     return result, "\n".join(lines)
 
 
-@needs_engine
 def test_the_metric_survives_the_refactoring_to_the_last_digit(told: tuple[DemoResult, str]) -> None:
     result, text = told
     assert result.after == result.before
@@ -68,11 +64,10 @@ def _in_the_order_of_the_new(old: MedicalSegmentationModel) -> list[torch.Tensor
     units = [unit for row in range(3) for column in range(3 - row) for unit in net.decoder.blocks[f"x_{row}_{column}"].children()]
     tensors = [*net.segmentation_head.state_dict().values()]
     for unit in units:
-        tensors += [*unit[1].state_dict().values(), *unit[0].state_dict().values()]
+        tensors += unit.state_dict().values()
     return [*tensors, *net.bottleneck.state_dict().values(), *net.encoder.state_dict().values()]
 
 
-@needs_engine
 def true_source(target: str) -> str:
     """The key that fed a key of the refactored class before the refactoring."""
     key = target.replace("model.backbone.", "model.").replace("model.head.", "model.segmentation_head.0.")
@@ -82,11 +77,28 @@ def true_source(target: str) -> str:
     return re.sub(pattern, lambda found: f"blocks.x_{found[1]}_{found[2]}.{parts[found[3]]}.{parts[found[4]]}", key)
 
 
-@pytest.mark.xfail(strict=False, reason="the norms of reduce and refine are taken for one another, with a confidence above 0.95")
-def test_no_sure_pair_is_wrong() -> None:
+def wrong_pairs() -> list[tuple[str, tuple[str, ...], float]]:
     mapping = propose_mapping(Refactored(), MedicalSegmentationModel().state_dict())
-    wrong = [(match.target, match.sources) for match in mapping.confident().matches if match.sources != (true_source(match.target),)]
-    assert wrong == []
+    return [(m.target, m.sources, m.confidence) for m in mapping.matches if m.sources != (true_source(m.target),)]
+
+
+def test_every_pair_is_right() -> None:
+    assert wrong_pairs() == []
+
+
+@pytest.mark.xfail(strict=False, reason="the norms of reduce and refine are taken for one another")
+def test_no_sure_pair_is_wrong_where_a_layer_is_registered_before_its_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order then says that the norm of one unit belongs to the convolution of the one before."""
+    monkeypatch.setattr(after, "ConvNormAct", NormFirst)
+    assert [pair for pair in wrong_pairs() if pair[2] >= 0.95] == []
+
+
+class NormFirst(after.ConvNormAct):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        norm, conv = self.norm, self.conv
+        del self.norm, self.conv
+        self.norm, self.conv = norm, conv
 
 
 def test_the_command_exits_by_the_outcome(tmp_path: Path) -> None:

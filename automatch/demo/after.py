@@ -18,8 +18,8 @@ class ConvNormAct(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(outputs)
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x)).relu()

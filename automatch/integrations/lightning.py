@@ -39,22 +39,25 @@ class _Remapper:
         self.checkpoint: Checkpoint | None = None
         self.before: dict[str, torch.Tensor] = {}
 
-    def weights(self, model: Any, checkpoint: Checkpoint, strict: bool | None = None) -> None:
-        """Replace the weights in ``checkpoint``, and every copy of them; nothing is changed when it is refused."""
+    def weights(self, model: Any, checkpoint: Checkpoint, *, fitting: bool = False) -> None:
+        """Replace the weights in ``checkpoint``, and every copy of them; nothing is changed when it is refused.
+
+        With ``fitting``, `optimizers` is expected to follow.
+        """
         state: dict[str, torch.Tensor] = checkpoint["state_dict"]
         options: dict[str, Any] = dict(self.options)
         if options.get("strict") is None:
-            options["strict"] = strict is not False
+            options["strict"] = model.strict_loading
         plan = plan_load(model, state, **options)
         with open_source(plan.whole, state) as opened:
             values = complete_state(values_of(plan, model, opened), plan.target, model.state_dict())
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         moved = remap_copies(others, plan.chosen, model)
-        if checkpoint.get("optimizer_states"):  # they are moved later: should that fail, the weights are put back
+        if fitting and checkpoint.get("optimizer_states"):  # they are moved later: should that fail, the weights are put back
             self.before = {key: value.detach().clone() for key, value in model.state_dict().items()}
         checkpoint.update(moved)
         checkpoint["state_dict"] = values
-        self.plan, self.checkpoint, self.report = plan, checkpoint, report_of(plan, model)
+        self.plan, self.checkpoint, self.report = plan, checkpoint if fitting else None, report_of(plan, model)
 
     def optimizers(self, model: Any, optimizers: list[Any]) -> None:
         """Replace the optimizer states in the checkpoint, once the model's new optimizers are there."""
@@ -111,7 +114,7 @@ class _Hooks:
         before: Callable[[Checkpoint], None] = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: Checkpoint) -> None:
-            self._remapper.weights(pl_module, checkpoint, pl_module.strict_loading)
+            self._remapper.weights(pl_module, checkpoint, fitting=stage == "fit")
             if trainer.strategy.restore_checkpoint_after_setup:
                 self._remapper.optimizers(pl_module, trainer.optimizers)
             before(checkpoint)
@@ -192,8 +195,10 @@ class AutoMatchMixin:
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Put the checkpoint under this module's keys."""
         remapper = _Remapper(**{"strict": None, **self.automatch_options})
-        remapper.weights(self, checkpoint, cast(Any, self).strict_loading)
-        self.__dict__["_automatch"] = remapper
+        fitting = _is_fitting(self)
+        remapper.weights(self, checkpoint, fitting=fitting)
+        if fitting:
+            self.__dict__["_automatch"] = remapper
         cast(Any, super()).on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
@@ -202,6 +207,13 @@ class AutoMatchMixin:
         if remapper is not None:
             remapper.optimizers(self, cast(Any, self).trainer.optimizers)
         cast(Any, super()).on_fit_start()
+
+
+def _is_fitting(module: Any) -> bool:
+    try:
+        return module.trainer.state.fn == "fit"
+    except (AttributeError, RuntimeError):  # no trainer is attached
+        return False
 
 
 def load_from_checkpoint(
@@ -255,7 +267,7 @@ def _hooked(module_class: type[Any], remapper: _Remapper) -> Generator[None]:
 
     def on_load_checkpoint(self: Any, checkpoint: Checkpoint) -> None:
         if threading.get_ident() == thread:
-            remapper.weights(self, checkpoint, self.strict_loading)
+            remapper.weights(self, checkpoint)
         before(self, checkpoint)
 
     with _hook_lock:

@@ -162,7 +162,7 @@ def concept_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, t
     for a, i in unique.items():
         for b, j in unique.items():
             agree[i, j] = _agreement(a[0], b[0])
-            where[i, j] = sum((x == y) - (x != y) for x, y in zip(a[1], b[1], strict=True) if x is not None and y is not None)
+            where[i, j] = sum(_region_agreement(x, y) for x, y in zip(a[1], b[1], strict=True))
     of_t = np.array([unique[label] for label in labels_t])
     of_s = np.array([unique[label] for label in labels_s])
     return agree[of_t[t], of_s[s]], np.clip(where[of_t[t], of_s[s]], -1, 1)
@@ -192,6 +192,13 @@ def _branches(side: Side, labels: list[Label], kind: int) -> list[Label]:
             where = (*where[:kind], next(iter(found)), *where[kind + 1 :])
         result.append((meaning, where))
     return result
+
+
+def _region_agreement(a: str | None, b: str | None) -> float:
+    """1 for the same region, -1 for two different ones; the second stream of a model is named, the first often not."""
+    if a is None or b is None:
+        return -0.5 if "context" in (a, b) else 0.0
+    return 1.0 if a == b else -1.0
 
 
 def _agreement(a: tuple[str, str] | None, b: tuple[str, str] | None) -> float:

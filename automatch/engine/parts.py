@@ -79,7 +79,9 @@ def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: b
         if (n, shape) not in wanted:
             common = 2 * theirs[canonical(shape)] > mine[canonical(shape)]
             wanted[n, shape] = (
-                None if (n, canonical(shape)) in repeated or not shape or common else _stacked_shape(n, shape, shapes, outer[column, n])
+                None
+                if (n, canonical(shape)) in repeated or not shape or common
+                else _stacked_shape(n, shape, shapes, outer[column, n], flat=outer[column, n] > 1 or "expert" in column)
             )
         whole = wanted[n, shape]
         if whole is not None:
@@ -95,7 +97,7 @@ def _numbered(key: str, column: str) -> bool:
     return innermost >= 0 and segments_of(key)[innermost].isdigit()
 
 
-def _stacked_shape(n: int, shape: Shape, shapes: Counter[Shape], groups: int) -> Shape | None:
+def _stacked_shape(n: int, shape: Shape, shapes: Counter[Shape], groups: int, *, flat: bool) -> Shape | None:
     """The shape under which the other side holds n tensors of ``shape``: stacked, stacked and fused, or concatenated."""
     whole = (n, *shape)
     fused = [(n, *shape[:i], 2 * shape[i], *shape[i + 1 :]) for i in range(len(shape))]
@@ -105,10 +107,10 @@ def _stacked_shape(n: int, shape: Shape, shapes: Counter[Shape], groups: int) ->
             leading[canonical(other)] += count
     if any(leading[canonical(s)] >= groups for s in [whole, *fused]):
         return whole
-    if len(shape) == 2:
-        for flat in ((n * shape[0], shape[1]), (n * shape[1], shape[0])):
-            if shapes[flat] >= groups and n > 2:
-                return flat
+    if flat and len(shape) == 2:
+        for joined in ((n * shape[0], shape[1]), (n * shape[1], shape[0])):
+            if shapes[joined] >= groups and n > 2:
+                return joined
     return None
 
 
@@ -198,13 +200,15 @@ def _plan(
         options: list[tuple[int, ...]] = []
         if size % 3 == 0:
             options.append((size // 3,) * 3)
+            if hint == 3:
+                options.append((size // 3, 2 * size // 3))
         if size % 2 == 0:
             options.append((size // 2,) * 2)
         options.extend(_grouped(size, rest, theirs))
         for lengths in options:
             need = Counter(canonical((*rest, length)) for length in lengths)
             surplus = min((theirs[p] - mine[p]) / (n * count) for p, n in need.items())
-            if min(lengths) < 2 or surplus < (0.8 if have else 0.5) or (hint and hint != len(lengths)):
+            if min(lengths) < 2 or surplus < (0.8 if have else 0.5) or (hint and hint != len(lengths) and len(set(lengths)) == 1):
                 continue
             score = min(surplus, 1.0) + 0.1 * (hint == len(lengths)) + 0.05 * len(lengths)
             if score > best_score:
@@ -233,10 +237,12 @@ def hinted_parts(key: str) -> int:
     return 0
 
 
-def part_names(key: str, count: int) -> tuple[str, ...]:
+def part_names(key: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
     """Names for the parts, in the order the field fuses them."""
     words = "".join(str(piece) for segment in segments_of(key)[-2:] for piece in pieces_of(segment))
-    if count == 2:
+    if len(lengths) == 2 and lengths[0] != lengths[1]:
+        return ("q", "kv")
+    if len(lengths) == 2:
         return PARTS[2] if "kv" in words or "keyvalue" in words or "attn" in words or "attention" in words else GATED
     return PARTS[3]
 
@@ -249,7 +255,7 @@ def _split(item: Item, dim: int, lengths: tuple[int, ...], *, is_target: bool) -
     ending = segments[-1] if own_module else ("bias" if "bias" in leaf else "weight")
     parts = []
     start = 0
-    for index, (name, length) in enumerate(zip(part_names(item.key, len(lengths)), lengths, strict=True)):
+    for index, (name, length) in enumerate(zip(part_names(item.key, lengths), lengths, strict=True)):
         shape = (*item.shape[:dim], length, *item.shape[dim + 1 :])
         key = ".".join([*stem, name, ending])
         if is_target:

@@ -41,6 +41,7 @@ class Weights:
     template: float = 4.0
     suffix: float = 4.0
     direction: float = 3.0
+    consensus: float = 2.0
     neighbour: float = 1.0
     beside: float = 1.5
     none: float = 4.1
@@ -350,6 +351,21 @@ def directions(source: Lists, target: Lists, soft: np.ndarray, t: np.ndarray, s:
     return np.clip(result, -1, 1)
 
 
+def _kind_ids(side: Side) -> np.ndarray:
+    ids: dict[str, int] = {}
+    return np.array([ids.setdefault(side.loop_template(i), len(ids)) for i in range(side.n)])
+
+
+def consensus(kinds: tuple[np.ndarray, np.ndarray], soft: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """The share of a target kind's soft pairs (the same key in three or more repeated modules) that go to the pair's source kind."""
+    of_t, of_s = kinds[0][t], kinds[1][s]
+    width = int(of_s.max()) + 1
+    both = np.bincount(of_t * width + of_s, soft, (int(of_t.max()) + 1) * width)
+    total = np.maximum(np.bincount(of_t, soft), 1e-9)
+    many = np.bincount(kinds[0])[of_t] > 2
+    return np.where(many, both[of_t * width + of_s] / np.maximum(total[of_t], 0.5), 0.0)
+
+
 def soft_assignment(score: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int, none: float, beta: float) -> np.ndarray:
     """Sinkhorn's soft one-to-one assignment in which every item may also stay alone at the score ``none``."""
     x = np.exp(np.clip(beta * (score - none), -60, 60))
@@ -385,6 +401,7 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
         "suffix": (suffix_groups(target), suffix_groups(source)),
     }
     lists = (Lists(source), Lists(target))
+    kinds = (_kind_ids(target), _kind_ids(source))
     ordered = source.order == target.order == "registered"
     score = np.asarray(unary)
     for beta in w.betas:
@@ -396,6 +413,8 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
             score += getattr(w, name) * evidence[name]
         evidence["direction"] = directions(*lists, soft, t, s)
         score += w.direction * evidence["direction"]
+        evidence["consensus"] = consensus(kinds, soft, t, s)
+        score += w.consensus * evidence["consensus"]
         if ordered:
             evidence["neighbour"] = neighbours(source, target, soft, t, s)
             score += w.neighbour * evidence["neighbour"]

@@ -23,6 +23,7 @@ from automatch.errors import AutomatchError, LoadError
 
 T = TypeVar("T")
 _SILENT = "no sign of life"
+_TOLD = "told: "  # a rank that stops because of another one repeats what that one said
 _PATIENCE = 10  # a rank that lives but finishes nothing for this many time-outs is lost, too
 _RUNS: dict[str, int] = {}
 
@@ -151,10 +152,9 @@ class Crew:
 
     def _decide(self, name: str, step: str, error: BaseException | None) -> str:
         if error is not None:
-            lost = isinstance(error, RankLostError)
-            self._store.set(f"{name}/failed/{self.rank}", f"{'' if lost else type(error).__name__ + ': '}{error}"[:4000])
-            self._store.add(f"{name}/failures", 1)
-        self._store.add(f"{name}/votes", 1)
+            told = f"{_TOLD}{error}" if isinstance(error, RankLostError) else f"{type(error).__name__}: {error}"
+            self._store.set(f"{name}/failed/{self.rank}", told[:4000])
+        self._store.add(f"{name}/votes" if error is None else f"{name}/failures", 1)
         watch = _Watch(self, range(self.size) if self.leads else (0,))
         pause = 0.001
         while True:
@@ -262,6 +262,7 @@ def _as_own(error: BaseException) -> BaseException:
 
 
 def _joint_error(step: str, failures: dict[str, str]) -> LoadError:
-    listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
+    first = {rank: text for rank, text in failures.items() if not text.startswith(_TOLD)}
+    listed = "; ".join(f"rank {rank}: {text}" for rank, text in first.items()) or next(iter(failures.values())).removeprefix(_TOLD)
     kind = RankLostError if any(_SILENT in text for text in failures.values()) else LoadError
     return kind(f"while {step}, {listed}. Nothing was changed on any rank")

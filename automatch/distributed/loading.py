@@ -107,8 +107,9 @@ def load(
         CheckpointError: the checkpoint cannot be read.
     """
     with Crew(group, timeout=timeout) as crew:
-        target = crew.together("describing the model", lambda: Target(model, optimizer))
+        target = Target(model, optimizer)
         try:
+            crew.together("describing the model", target.describe)
             return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, pins or {}, trust))
         except BaseException:
             target.forget()

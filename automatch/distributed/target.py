@@ -36,9 +36,6 @@ class Target:
         model: a module, or a state_dict, nested or flat, as torch.distributed.checkpoint takes it.
         optimizer: the module's optimizer, whose state is loaded as well.
         device: where tensors of a meta module are made; None for the device of their mesh, or the CPU.
-
-    Raises:
-        ModelError: it is neither, or an optimizer comes without a materialised module.
     """
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer | None = None, device: torch.device | str | None = None) -> None:
@@ -46,23 +43,32 @@ class Target:
         self._optimizer, self._device = optimizer, device
         self._fresh = optimizer is not None and not optimizer.state
         self._before: Any = None
+        self.nested: dict[str, Any] = {} if self._model is not None else model
+        self.flat: dict[str, Any] = {}
+        self.spec = StateSpec(())
+        self._paths: dict[str, Any] = {}
+
+    def describe(self) -> None:
+        """Find out what there is to load into; gives an optimizer without state an empty one, which `forget` takes away.
+
+        Raises:
+            ModelError: it is no module or state_dict, or an optimizer comes without a materialised module.
+        """
         if self._model is not None:
             if any(isinstance(module, FullyShardedDataParallel) for module in self._model.modules()):
                 raise ModelError(
                     "an FSDP1 module gives copies of its weights; load into get_model_state_dict(model), then call set_model_state_dict"
                 )
-            self.nested: dict[str, Any] = {MODEL: get_model_state_dict(self._model)}
+            self.nested[MODEL] = get_model_state_dict(self._model)
             self.spec = _module_spec(self._model, self.nested[MODEL])
-            if optimizer is not None:
-                self.nested[OPTIM] = self._optimizer_state(optimizer)
-        elif isinstance(model, dict) and optimizer is None:
-            self.nested = cast(dict[str, Any], model)
+            if self._optimizer is not None:
+                self.nested[OPTIM] = self._optimizer_state(self._optimizer)
+        elif isinstance(cast(Any, self.nested), dict) and self._optimizer is None:
             _refuse_stateful(self.nested)
             self.spec = _plain_spec(_tensors(model_part(self.nested)), "state_dict")
         else:
-            raise ModelError(
-                f"cannot load into {type(model).__name__}{' with an optimizer' if optimizer else ''}; pass a module or a state_dict"
-            )
+            what = type(self.nested).__name__ + (" with an optimizer" if self._optimizer else "")
+            raise ModelError(f"cannot load into {what}; pass a module or a state_dict")
         self.flat, self._paths = flatten_state_dict(self.nested)
 
     def _optimizer_state(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -74,11 +80,7 @@ class Target:
             )
         if self._fresh and any(p.grad is not None for p in parameters):
             raise ModelError("the optimizer has no state yet and its parameters have gradients; call optimizer.zero_grad() first")
-        try:
-            return get_optimizer_state_dict(self._model, optimizer)
-        except Exception:
-            self.forget()
-            raise
+        return get_optimizer_state_dict(self._model, optimizer)
 
     def stage(self, keys: Iterable[str]) -> dict[str, Any]:
         """New, empty tensors of the same kind, placement and dtype for the given flat keys; objects as they are."""
@@ -112,6 +114,13 @@ class Target:
             first, other = (self._model_key(key) for key in (tensor.alias_of, tensor.key))
             if first in staged and other in staged:
                 yield first, other
+        seen: dict[Any, str] = {}
+        for key in staged:
+            value = self.flat[key]
+            if isinstance(value, torch.Tensor) and not value.is_meta:
+                parts = tuple((part.data_ptr(), part.shape, part.stride()) for part, _ in local_chunks(value.detach()) if part.numel())
+                if parts and seen.setdefault(parts, key) != key:
+                    yield seen[parts], key
 
     def name(self, flat: str) -> str:
         """How a person knows a flat key: a module's entries have no prefix."""

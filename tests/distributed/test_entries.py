@@ -120,6 +120,16 @@ def test_tied_weights_with_two_values_are_refused(tmp_path: Path) -> None:
         load(model, path, mapping)
 
 
+def test_a_state_dict_with_tied_weights_is_no_exception(tmp_path: Path) -> None:
+    state = {"a": torch.randn(5, 4), "b": torch.randn(5, 4)}
+    path = save_alone(dict(state), tmp_path / "two")
+    target = dict(Tied().state_dict())
+    mapping = KeyMapping(Side.of(spec_of_state_dict(state)), Side.of(spec_of_state_dict(target)), ())
+    mapping = mapping.with_matches([Match("embed.weight", ("a",), decided=True), Match("head.weight", ("b",), decided=True)])
+    with pytest.raises(LoadError, match="are one tensor in the model"):
+        load(target, path, mapping)
+
+
 class Counting(nn.Linear):
     """A layer with extra state, which is an object."""
 

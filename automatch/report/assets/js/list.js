@@ -185,7 +185,7 @@ class KeyList {
   // On paper there is no scrolling: every row, as far as that is reasonable.
   printAll(on) {
     this.printing = on;
-    this.rows.unfoldAll = on && this.rows.flags.size <= MAX_PRINTED;
+    this.rows.unfoldAll = on && this.rows.all.length <= MAX_PRINTED;
     this.rebuild();
   }
 

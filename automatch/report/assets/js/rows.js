@@ -32,7 +32,7 @@ class Rows {
     this.texts = [];
     this.touched = [];
     this.refresh();
-    setTimeout(() => this.flags.forEach((_, row) => this.text(row)), 50);
+    setTimeout(() => this.all.forEach((row) => this.text(row)), 50);
   }
 
   isTarget(row) {
@@ -60,7 +60,8 @@ class Rows {
     for (const row of this.touched) delete this.texts[row];
     this.touched = [...decisions.keys(), ...answered.keys()];
     for (const row of this.touched) delete this.texts[row];
-    this.flags = new Map(this.universe().map((row) => [row, this.flagsOf(row)]));
+    this.all = this.universe();
+    this.flags = Uint8Array.from(this.all, (row) => this.flagsOf(row));
   }
 
   flagsOf(row) {
@@ -80,7 +81,7 @@ class Rows {
 
   counts() {
     const found = FILTER_NAMES.map(() => 0);
-    for (const flags of this.flags.values()) for (let i = 0; i < found.length; i++) found[i] += (flags >> i) & 1;
+    for (const flags of this.flags) for (let i = 0; i < found.length; i++) found[i] += (flags >> i) & 1;
     return Object.fromEntries(FILTER_NAMES.map((name, i) => [name, found[i]]));
   }
 
@@ -88,7 +89,7 @@ class Rows {
   entries() {
     const terms = this.search.toLowerCase().split(/\s+/).filter(Boolean);
     const bit = 1 << FILTER_NAMES.indexOf(this.filter);
-    const rows = [...this.flags.keys()].filter((row) => this.flags.get(row) & bit && terms.every((term) => this.text(row).includes(term)));
+    const rows = this.all.filter((row, i) => this.flags[i] & bit && terms.every((term) => this.text(row).includes(term)));
     this.shown = rows;
     return this.sort === "rule" ? this.grouped(rows) : this.sorted(rows).map((row) => ({ row }));
   }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def main() -> None:
             times = browser.execute_script(TIMES)
         finally:
             browser.quit()
-        result = {"case": MANY, "keys": len(many), "file_mb": round(page.stat().st_size / 1e6, 2)}
+        result = {"case": MANY, "keys": len(many), "file_mb": round(page.stat().st_size / 1e6, 2), "load": os.getloadavg()[0]}
         result |= {"rules_s": round(rules_s, 1), "write_s": round(write_s, 1), **times}
     (HERE / "results" / "page.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

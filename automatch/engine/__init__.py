@@ -9,6 +9,7 @@ from automatch.engine.confidence import judge
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import run_stages
 from automatch.engine.questions import find_questions
+from automatch.engine.rotary import rotary_question
 from automatch.engine.solve import Weights
 from automatch.engine.tables import current
 from automatch.engine.verdict import shift_warnings, verdict_of
@@ -49,9 +50,17 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
         source, target, tables.lexicon, Weights(), without_sources=sorted(used), without_targets=sorted(pins), exhaustive=exhaustive
     )
     judged = judge(outcome, tables.confidence)
-    matches = (*(match for match in pinned if match is not None), *judged.matches)
     questions = find_questions(outcome, judged)
+    taken = {match.target: match for question in questions for match in question.options[0].matches}
+    proposed = [taken.get(match.target, match) for match in judged.matches]
+    proposed, rotary, warning = rotary_question(source, target, proposed, len(questions) + 1)
+    matches = (*(match for match in pinned if match is not None), *proposed)
+    if rotary is not None:
+        settled = set(rotary.keys)
+        questions = (rotary, *(question for question in questions if not settled & set(question.keys)))
     warnings = shift_warnings(source, [match for match in judged.matches if match.confidence >= 0.5])
+    if warning:
+        warnings.insert(0, warning)
     return EngineResult(matches, questions, tuple(warnings), verdict_of(source, target, matches))
 
 

@@ -13,11 +13,13 @@ from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
 from automatch.mapping import Alternative, Evidence, Match
-from automatch.transforms import Adapt, Chain, PermuteElements
+from automatch.transforms import Adapt, Chain, Concat, PermuteElements
 
 KEEP = 0.35  # below this a pair is more likely wrong than worth showing
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 RUNNERS_UP = 3
+UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
+ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 
 
@@ -36,6 +38,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     if kept:
         exchangeable = np.minimum(rows[:, NAMES.index("spare_t")], rows[:, NAMES.index("spare_s")]) <= SPARE_LEAD
         values = np.where(exchangeable, np.minimum(values, SPARE_CAP), values)
+        backwards = (rows[:, NAMES.index("upward")] > 0) & (rows[:, NAMES.index("list_name")] == 0) & (rows[:, NAMES.index("twins")] > 0.4)
+        values = np.where(backwards, np.minimum(values, UPWARD_CAP), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
     runners = _RunnersUp(outcome)
     matches = []
@@ -46,6 +50,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
             confidence *= TIED
         if _is_unsure(fed):
             confidence = min(confidence, 0.6)
+        if _order_unsaid(fed):
+            confidence = min(confidence, ORDER_CAP)
         if confidence >= KEEP:
             matches.append(_match(outcome, fed, deciders, confidence, runners))
     return Judged(tuple(matches), probability)
@@ -54,6 +60,12 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
 def _is_unsure(fed: Fed) -> bool:
     steps = fed.transform.steps if isinstance(fed.transform, Chain) else (fed.transform,)
     return any(isinstance(step, PermuteElements | Adapt) for step in steps)
+
+
+def _order_unsaid(fed: Fed) -> bool:
+    words = fed.target.lower()
+    said = any(word in words for word in ("gate", "kv", "w13", "w12", "qkv", "key_value"))
+    return isinstance(fed.transform, Concat) and len(fed.sources) == 2 and not said
 
 
 def _match(outcome: Outcome, fed: Fed, deciders: list[int], confidence: float, runners: _RunnersUp) -> Match:

@@ -1,12 +1,239 @@
-"""Few decisions that settle many keys: columns that could be exchanged, and nothing tells which way."""
+"""Few decisions that settle many keys: choices in which nothing but order speaks for what was chosen.
+
+Three kinds are found on the solved items and then carried over to all keys:
+
+- *exchange*: two kinds of keys (``w1``/``w3`` in all layers) whose sources could be exchanged;
+- *copy*: the sources lie in a module that has a twin which feeds nothing (two encoders, an average);
+- *direction*: a list whose members are alike may run the other way round.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
 from automatch.engine.confidence import Judged
 from automatch.engine.pipeline import Outcome
-from automatch.mapping import Question
+from automatch.keys import segments_of, template_of
+from automatch.mapping import CONFIDENT, Match, Option, Question
+
+MOST = 12  # more open questions than a person would answer are not asked
+EXCHANGE_LEAD = 3.0  # of the score, out of about 25
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    text: str
+    labels: tuple[str, str]
+    other: Mapping[str, Match]  # target to what the other option feeds it
+    confidence: float
+    own: Mapping[str, Match] | None = None  # likewise for the first option, where it is not the proposal itself
 
 
 def find_questions(outcome: Outcome, judged: Judged) -> tuple[Question, ...]:
     """The open questions, those on which most keys hang first."""
-    return ()
+    current = {match.target: match for match in judged.matches}
+    found = [*_copies(outcome, current), *_orders(current), *_exchanges(outcome, current), *_reversals(current)]
+    found.sort(key=lambda o: -len(o.other))
+    questions, settled = [], set[str]()
+    for item in found:
+        keys = [key for key in item.other if key in current]
+        if not keys or settled & set(keys) or len(questions) == MOST:
+            continue
+        settled.update(keys)
+        options = (
+            Option(item.labels[0], tuple((item.own or current)[key] for key in keys), round(item.confidence, 6)),
+            Option(item.labels[1], tuple(item.other[key] for key in keys), round(1 - item.confidence, 6)),
+        )
+        text = f"{item.text} {len(keys)} keys hang on it."
+        questions.append(Question(f"q{len(questions) + 1}", text, options, tuple(keys)))
+    return tuple(questions)
+
+
+def _mean(matches: Iterable[Match]) -> float:
+    values = [match.confidence for match in matches]
+    return float(np.mean(values)) if values else 0.0
+
+
+# ---- a twin module that feeds nothing ----------------------------------------------------------------------------
+
+
+def _copies(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
+    """Two prefixes of the checkpoint that hold the same keys and shapes, when the model takes only one of them."""
+    used = {key for match in current.values() for key in match.sources}
+    spare: dict[tuple[str, tuple[int, ...]], list[tuple[str, str]]] = defaultdict(list)
+    for tensor in outcome.source:
+        if tensor.key not in used:
+            for prefix, rest in _cuts(tensor.key):
+                spare[rest, tensor.shape].append((prefix, tensor.key))
+    choices: dict[tuple[str, str], dict[str, tuple[Match, Match]]] = defaultdict(dict)
+    for match in current.values():
+        if len(match.sources) != 1 or match.confidence >= CONFIDENT:
+            continue
+        own = match.sources[0]
+        for prefix, rest in _cuts(own):
+            for other, twin in spare.get((rest, outcome.source[own].shape), ()):
+                swapped = replace(match, sources=(twin,), alternatives=())
+                pair = (match, swapped) if prefix < other else (swapped, match)
+                choices[min(prefix, other), max(prefix, other)][match.target] = pair
+    first = {key: n for n, key in enumerate(outcome.source.keys)}
+    result = []
+    for (a, b), pairs in choices.items():
+        if len(pairs) < 4:
+            continue
+        sides = ({t: x for t, (x, _) in pairs.items()}, {t: y for t, (_, y) in pairs.items()})
+        votes = sum(current[t].sources == x.sources for t, (x, _) in pairs.items())
+        leads = votes * 2 > len(pairs) or (votes * 2 == len(pairs) and _earliest(sides[0], first) < _earliest(sides[1], first))
+        one, two, names = (sides[0], sides[1], (a, b)) if leads else (sides[1], sides[0], (b, a))
+        text = f"The checkpoint holds {names[0]!r} and {names[1]!r}, alike in names and shapes: which one does the model take?"
+        result.append(_Open(text, names, two, 0.5, own=one))
+    return _largest_only(result)
+
+
+def _cuts(key: str) -> list[tuple[str, str]]:
+    segments = segments_of(key)
+    return [(".".join(segments[:depth]), "/".join(segments[depth:])) for depth in range(1, min(5, len(segments)))]
+
+
+def _earliest(matches: Mapping[str, Match], position: Mapping[str, int]) -> int:
+    return min(position[m.sources[0]] for m in matches.values())
+
+
+def _largest_only(found: Sequence[_Open]) -> list[_Open]:
+    """Of questions about the same keys, the one that settles most."""
+    result: list[_Open] = []
+    for item in sorted(found, key=lambda o: -len(o.other)):
+        if not any(item.other.keys() & kept.other.keys() for kept in result):
+            result.append(item)
+    return result
+
+
+# ---- the order of fused parts --------------------------------------------------------------------------------------
+
+
+def _orders(current: Mapping[str, Match]) -> list[_Open]:
+    """Doubtful concatenations of two parts: the other order."""
+    kinds: dict[str, dict[str, Match]] = defaultdict(dict)
+    for match in current.values():
+        if match.transform.op == "concat" and len(match.sources) == 2 and match.confidence < CONFIDENT:
+            kinds[template_of(match.target)][match.target] = replace(match, sources=match.sources[::-1], alternatives=())
+    result = []
+    for kind, other in kinds.items():
+        a, b = (_module(template_of(key)) for key in next(iter(other.values())).sources[::-1])
+        text = f"In which order are {a!r} and {b!r} fused in {kind!r}?"
+        result.append(_Open(text, (f"{a}, {b}", f"{b}, {a}"), other, _mean(current[key] for key in other)))
+    return result
+
+
+# ---- two kinds that could be exchanged -----------------------------------------------------------------------------
+
+
+def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
+    """Pairs of target kinds whose sources fit each other nearly as well as their own."""
+    kinds: dict[str, list[Match]] = defaultdict(list)
+    for match in current.values():
+        if len(match.sources) == 1 and match.transform.op in ("copy", "permute", "reshape"):
+            kinds[template_of(match.target)].append(match)
+    doubtful = {kind for kind, members in kinds.items() if min(m.confidence for m in members) < CONFIDENT}
+    by_shape: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for kind in doubtful:
+        signature = tuple(sorted({outcome.target[m.target].shape for m in kinds[kind]}))
+        by_shape[signature, len(kinds[kind])].append(kind)
+    score = _scores(outcome)
+    pairs: dict[tuple[str, str], dict[str, Match]] = defaultdict(dict)
+    for members in by_shape.values():
+        for i, a in enumerate(members[:40]):
+            for b in members[i + 1 : 40]:
+                swapped = _swapped(kinds[a], kinds[b], score)
+                if swapped:
+                    pairs[_module(a), _module(b)].update(swapped)
+    result = []
+    for (a, b), other in pairs.items():
+        left, right = _source_modules(current, other)
+        text = f"Do {left!r} and {right!r} go to {a!r} and {b!r} in this order, or the other way round?"
+        labels = (f"{left} → {a}, {right} → {b}", f"{right} → {a}, {left} → {b}")
+        result.append(_Open(text, labels, other, max(0.5, _mean(current[key] for key in other))))
+    return result
+
+
+def _scores(outcome: Outcome) -> Mapping[tuple[str, str], float]:
+    left, right = outcome.sides
+    solution = outcome.solution
+    return {
+        (right.items[t].reals[0], left.items[s].reals[0]): score
+        for t, s, score in zip(solution.t.tolist(), solution.s.tolist(), solution.score.tolist(), strict=True)
+    }
+
+
+def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, str], float]) -> dict[str, Match]:
+    """The matches after exchanging the sources of two kinds member by member, if the scores hardly fall."""
+    loss, count = 0.0, 0
+    result: dict[str, Match] = {}
+    for x, y in zip(a, b, strict=True):
+        crossed = [score.get((x.target, y.sources[0])), score.get((y.target, x.sources[0]))]
+        if None not in crossed:
+            own = score.get((x.target, x.sources[0]), x.score) + score.get((y.target, y.sources[0]), y.score)
+            loss += own - sum(value for value in crossed if value is not None)
+            count += 1
+        result[x.target] = replace(x, sources=y.sources, transform=y.transform, alternatives=())
+        result[y.target] = replace(y, sources=x.sources, transform=x.transform, alternatives=())
+    return result if count and loss / count < 2 * EXCHANGE_LEAD else {}
+
+
+def _module(kind: str) -> str:
+    return kind.rpartition(".")[0] or kind
+
+
+def _source_modules(current: Mapping[str, Match], other: Mapping[str, Match]) -> tuple[str, str]:
+    first = next(iter(other))
+    return _module(template_of(current[first].sources[0])), _module(template_of(other[first].sources[0]))
+
+
+# ---- a list that may run backwards ----------------------------------------------------------------------------------
+
+
+def _reversals(current: Mapping[str, Match]) -> list[_Open]:
+    """Doubtful lists whose members have the same keys and shapes: the same assignment with the sources in reverse."""
+    lists: dict[tuple[str, str], dict[int, list[Match]]] = defaultdict(lambda: defaultdict(list))
+    for match in current.values():
+        if len(match.sources) != 1 or match.confidence >= CONFIDENT:
+            continue
+        found = _listed(match.target, match.sources[0])
+        if found is not None:
+            where, rank = found
+            lists[where][rank].append(match)
+    result = []
+    for (a, b), members in lists.items():
+        order = sorted(members)
+        if len(order) < 2:
+            continue
+        forward = [members[rank] for rank in order]
+        other: dict[str, Match] = {}
+        for own, opposite in zip(forward, reversed(forward), strict=True):
+            sources = {segments_of(m.target)[len(a.split(".")) + 1 :][-3:].__repr__(): m for m in opposite}
+            for match in own:
+                twin = sources.get(segments_of(match.target)[len(a.split(".")) + 1 :][-3:].__repr__())
+                if twin is not None:
+                    other[match.target] = replace(match, sources=twin.sources, transform=twin.transform, alternatives=())
+        if len(other) >= 2:
+            labels = ("in this order", "reversed")
+            text = f"Do the members of {b!r} go to those of {a!r} in this order, or reversed?"
+            result.append(_Open(text, labels, other, max(0.5, _mean(m for ms in forward for m in ms))))
+    return result
+
+
+def _listed(target: str, source: str) -> tuple[tuple[str, str], int] | None:
+    """The outermost numbered segment of a target key with its list, and the list of its source."""
+    for depth, segment in enumerate(segments_of(target)):
+        if any(character.isdigit() for character in segment):
+            digits = "".join(character for character in segment if character.isdigit())
+            stem = ".".join(segments_of(target)[:depth])
+            for other_depth, other in enumerate(segments_of(source)):
+                if any(character.isdigit() for character in other):
+                    name = ".".join([*segments_of(source)[:other_depth], template_of(other)])
+                    return (stem, name), int(digits)
+            return None
+    return None

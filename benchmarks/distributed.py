@@ -154,14 +154,14 @@ def convert_all(path: Path, layers: int, out: Path) -> dict[str, Any]:
 
 
 def measured(run: Callable[[], Any]) -> dict[str, Any]:
-    """Seconds, peak memory over the start, and bytes that read calls returned, on this rank."""
+    """Wall and processor seconds, peak memory over the start, and bytes that read calls returned, on this rank."""
     torch.distributed.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     start, read = status("VmRSS"), read_bytes()
-    clock = time.perf_counter()
+    clock, processor = time.perf_counter(), time.process_time()
     run()
-    seconds = time.perf_counter() - clock
-    return {"seconds": seconds, "peak": status("VmHWM") - start, "read": read_bytes() - read, "anonymous": status("RssAnon")}
+    seconds, processor = time.perf_counter() - clock, time.process_time() - processor
+    return {"seconds": seconds, "processor": processor, "peak": status("VmHWM") - start, "read": read_bytes() - read}
 
 
 def status(field: str) -> int:
@@ -241,15 +241,19 @@ def load_table(path: Path, layers: int, folder: Path, ranks: int, repeats: int, 
     def median(work: str, field: str) -> float:
         return statistics.median(max(rank[field] for rank in world) for world in runs[work])
 
+    def ratio(work: str, field: str) -> str:
+        return f"{median(work, field) / median('plain', field):.2f}"
+
     lines = [
-        "| | seconds (slowest rank) | × plain | peak memory per rank | × plain | read per rank | of the total |",
-        "|---|---|---|---|---|---|---|",
+        "| | seconds (slowest rank) | × plain | processor seconds | × plain | peak memory per rank | × plain | read per rank | of all |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for work, label in rows.items():
         seconds, peak, read = (median(work, field) for field in ("seconds", "peak", "read"))
-        slower, larger = seconds / median("plain", "seconds"), peak / median("plain", "peak")
-        memory = f"{peak / 1e9:.2f} GB | {larger:.2f}"
-        lines.append(f"| {label} | {seconds:.2f} | {slower:.2f} | {memory} | {read / 1e9:.2f} GB | {read / total:.2f} |")
+        cells = [f"{seconds:.2f}", ratio(work, "seconds"), f"{median(work, 'processor'):.2f}", ratio(work, "processor")]
+        cells += [f"{peak / 1e9:.2f} GB", ratio(work, "peak"), f"{read / 1e9:.2f} GB", f"{read / total:.2f}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    print("\n".join(lines), flush=True)
     return [*lines, ""]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +26,45 @@ def scale_tables(folder: Path) -> list[str]:
         for step, seconds, size in costs(folder, chunks, ranks):
             shown = ("" if seconds is None else f"{seconds:.2f}", "" if size is None else f"{size / 1e6:.1f}")
             lines.append(f"| {chunks} | {ranks} | {step} | {shown[0]} | {shown[1]} |")
+            print(lines[-1], flush=True)
     return [*lines, ""]
 
 
-def costs(folder: Path, chunks: int, ranks: int) -> list[tuple[str, float | None, int | None]]:
+def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | None, int | None]]:
     """(step, seconds, bytes) of loading on one rank of many."""
     from automatch.distributed.planner import MappedLoadPlanner
     from automatch.distributed.storage import DirectoryReader, identity
 
-    rows: list[tuple[str, float | None, int | None]] = []
     metadata = make_metadata(chunks)
     path = folder / f"metadata{chunks}"
     path.mkdir(exist_ok=True)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     size = (path / ".metadata").stat().st_size
     seconds, _ = timed(lambda: pickle.loads((path / ".metadata").read_bytes()))
-    rows.append(("every rank of plain DCP: unpickle `.metadata`", seconds, size))
+    yield "every rank of plain DCP: unpickle `.metadata`", seconds, size
     seconds, _ = timed(lambda: DirectoryReader(path).read_metadata())
-    rows.append(("rank 0: read `.metadata` without executing anything", seconds, size))
+    yield "rank 0: read `.metadata` without executing anything", seconds, size
     seconds, _ = timed(lambda: identity(path))
-    rows.append(("every rank: digest of the checkpoint", seconds, None))
+    yield "every rank: digest of the checkpoint", seconds, None
     mapping = make_mapping()
     seconds, payload = timed(lambda: pickle.dumps((mapping.matches, metadata)))
-    rows.append(("rank 0: pickle mapping and metadata for the broadcast", seconds, len(payload)))
+    yield "rank 0: pickle mapping and metadata for the broadcast", seconds, len(payload)
     seconds, _ = timed(lambda: pickle.loads(payload))
-    rows.append(("every rank: unpickle the broadcast", seconds, None))
+    yield "every rank: unpickle the broadcast", seconds, None
     spec = mapping.target.spec
     assert spec is not None
     seconds, _ = timed(lambda: type(spec)(spec.tensors).fingerprint)
-    rows.append(("every rank: fingerprint of its model", seconds, None))
+    yield "every rank: fingerprint of its model", seconds, None
     state = make_state(ranks)
     planner = MappedLoadPlanner(mapping)
     seconds, _ = timed(lambda: planner.set_up_planner(state, metadata))
-    rows.append(("every rank: find what feeds each entry", seconds, None))
+    yield "every rank: find what feeds each entry", seconds, None
     seconds, plan = timed(planner.create_local_plan)
-    rows.append((f"every rank: plan its {len(plan.items):,} reads", seconds, None))
+    yield f"every rank: plan its {len(plan.items):,} reads", seconds, None
     seconds, nbytes = plain_plan(metadata, ranks)
-    rows.append(("every rank of plain DCP, right names: plan the reads", seconds, None))
-    rows.append((f"rank 0 of plain DCP: gathers the plans of {ranks} ranks (automatch does not)", None, nbytes * ranks))
+    yield "every rank of plain DCP, right names: plan the reads", seconds, None
+    yield f"rank 0 of plain DCP: gathers the plans of {ranks} ranks (automatch does not)", None, nbytes * ranks
     torch.distributed.destroy_process_group()
-    return rows
 
 
 def make_metadata(chunks: int) -> Any:
@@ -127,4 +126,5 @@ def plain_plan(metadata: Any, ranks: int) -> tuple[float, int]:
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     clock = time.process_time()
     result = run()
-    return time.process_time() - clock, result
+    seconds = time.process_time() - clock
+    return seconds, result

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from worlds import run_ranks, values
 
+import automatch.distributed.loading
 from automatch.distributed import MappedLoadPlanner, load
 from automatch.mapping import Match, Side
 from automatch.specs import StateSpec, TensorSpec
@@ -120,6 +121,26 @@ def test_a_safetensors_folder_loads_sharded_and_splits_again(tmp_path: Path) -> 
     for forth, back in values(run_ranks(2, load_folder, tmp_path, folder)):
         check_equal(forth, expected(old_model()))
         check_equal(back, state)
+
+
+def load_with_a_proposal(rank: int, path: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    calls = 0
+
+    def propose(*_: Any, **__: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return mapping_of(Old(), New())
+
+    automatch.distributed.loading.propose_mapping = propose
+    model = shard(new_model(), (2,))
+    load(model, path, timeout=20)
+    return calls, full(get_model_state_dict(model))
+
+
+def test_rank_0_alone_proposes(saved: dict[int, Path], tmp_path: Path) -> None:
+    (first, _), (second, got) = values(run_ranks(2, load_with_a_proposal, tmp_path, saved[4]))
+    assert (first, second) == (1, 0)
+    check_equal(got, expected(old_model()))
 
 
 def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Path) -> tuple[torch.Tensor, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 
 from automatch.mapping import KeyMapping, Match
 from automatch.report.collapse import collapse
@@ -48,6 +48,18 @@ def group_by_rule(mapping: KeyMapping) -> tuple[Group, ...]:
             confidence = min(match.confidence for match in matches)
             groups.append(Group(short(rule.pattern), short(rule.replacement), transform, confidence, rows, visible(rule.where)))
     return tuple(sorted(groups, key=lambda group: -len(group.rows)))
+
+
+def narrowed(mapping: KeyMapping, groups: Iterable[Group], positions: Set[int]) -> tuple[Group, ...]:
+    """Only the matches at ``positions``, least sure first: under their rule where they are most of it, else by template."""
+    found: list[Group] = []
+    for group in groups:
+        rows = tuple(row for row in group.rows if row in positions)
+        if len(rows) > 1 and 2 * len(rows) >= len(group.rows):
+            found.append(replace(group, rows=rows, confidence=min(mapping.matches[row].confidence for row in rows)))
+        else:
+            found.extend(group_by_template(mapping, rows))
+    return tuple(sorted(found, key=lambda group: group.confidence))
 
 
 def group_by_template(mapping: KeyMapping, positions: Iterable[int]) -> tuple[Group, ...]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from automatch.mapping import CONFIDENT, KeyMapping, Match, Question, Side
 from automatch.report.collapse import collapse
-from automatch.report.groups import Group, group_by_rule, group_by_template
+from automatch.report.groups import Group, group_by_rule, narrowed
 from automatch.report.leftovers import Leftover, missing_leftovers, unexpected_leftovers
 from automatch.report.wording import count, invents_values, percent, shape_text, short, transform_text
 
@@ -172,6 +172,7 @@ def build_view(mapping: KeyMapping) -> View:
     verdict = mapping.verdict
     open_keys = {key for question in mapping.questions for key in question.keys}
     rows = tuple(_row(match, mapping, open_keys) for match in mapping.matches)
+    groups = group_by_rule(mapping)
     missing, unexpected = missing_leftovers(mapping), unexpected_leftovers(mapping)
     kind = verdict.kind if verdict else "unknown"
     return View(
@@ -183,8 +184,8 @@ def build_view(mapping: KeyMapping) -> View:
         target=short(mapping.target.origin or "model", 160),
         n_target=mapping.target.n_keys,
         rows=rows,
-        groups=group_by_rule(mapping),
-        withheld=_withheld(mapping, rows),
+        groups=groups,
+        withheld=narrowed(mapping, groups, {position for position, row in enumerate(rows) if row.withheld}),
         questions=tuple(_question(question) for question in mapping.questions),
         missing=missing,
         unexpected=unexpected,
@@ -192,11 +193,6 @@ def build_view(mapping: KeyMapping) -> View:
         warnings=tuple(short(warning, MAX_TEXT) for warning in mapping.warnings),
         next_step=_next_step(mapping, rows, missing),
     )
-
-
-def _withheld(mapping: KeyMapping, rows: tuple[Row, ...]) -> tuple[Group, ...]:
-    positions = [position for position, row in enumerate(rows) if row.withheld]
-    return tuple(sorted(group_by_template(mapping, positions), key=lambda group: group.confidence))
 
 
 def is_withheld(match: Match, open_keys: Set[str] = frozenset()) -> bool:

@@ -95,8 +95,9 @@ def load(
         raise ModelError(f"load needs an nn.Module, got {type(model).__name__}; for a state_dict use mapping.apply(ckpt)")
     plan = plan_load(model, ckpt, mapping=mapping, threshold=threshold, strict=strict, pins=pins, trust=trust, adapt=adapt)
     with open_source(plan.whole, ckpt, trust=trust) as opened, MappedCheckpoint(opened) as checkpoint:
-        prepared = values_of(plan, model, checkpoint)
-        notes = cast_warnings(model, prepared)
+        current = model.state_dict(keep_vars=True)
+        prepared = values_of(plan, current, checkpoint)
+        notes = cast_warnings(prepared, current)
         if not any(parameter.is_meta for parameter in model.parameters()):
             checkpoint.bring_in()
         from automatch.atomic import replace_values
@@ -106,10 +107,9 @@ def load(
     return report_of(plan, model, notes)
 
 
-def values_of(plan: LoadPlan, model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read and check every tensor that ``plan`` feeds to ``model``."""
-    initial = model.state_dict(keep_vars=True)
-    return prepare_state(model, plan.target, dict(convert(plan.chosen.matches, checkpoint, plan.target, initial)))
+def values_of(plan: LoadPlan, current: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read and check every tensor that ``plan`` feeds to the model whose own tensors are ``current``."""
+    return prepare_state(plan.target, dict(convert(plan.chosen.matches, checkpoint, plan.target, current)), current)
 
 
 def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> LoadReport:

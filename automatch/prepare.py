@@ -11,17 +11,15 @@ from automatch.specs import StateSpec, dtype_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
-def prepare_state(model: nn.Module, target: StateSpec, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make the tensors fit to be loaded: checked against the model, and for meta-device models ready to become its own.
+def prepare_state(target: StateSpec, state: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make tensors fit to be loaded: checked against the model's ``current`` ones, and ready to take the place of meta ones.
 
     Raises:
         LoadError: a tensor has no values, would lose its meaning in the model's dtype, or tied keys are to get
             different values; the message names the key.
     """
-    current: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     prepared: dict[str, torch.Tensor] = {}
     taken: dict[int, list[tuple[int, int]]] = {}
     for key, tensor in state.items():
@@ -79,10 +77,9 @@ def _check_tied(first: str, key: str, kept: torch.Tensor, tensor: torch.Tensor) 
         )
 
 
-def cast_warnings(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def cast_warnings(state: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """One sentence per pair of dtypes in which values are rounded."""
     counts: dict[tuple[str, str], int] = {}
-    current: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     for key, tensor in state.items():
         have, want = tensor.dtype, current[key].dtype
         if have != want and is_floating(dtype_name(have)) and tensor.element_size() > current[key].element_size():

@@ -60,7 +60,7 @@ def fabric_load(
     model = _unwrapped(state[names[0]])
     plan = plan_load(model, checkpoint[names[0]], mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
     with open_source(plan.whole, checkpoint[names[0]]) as opened:
-        values = values_of(plan, model, opened)
+        values = values_of(plan, model.state_dict(keep_vars=True), opened)
     rest: dict[str, Any] = remap_copies({k: v for k, v in checkpoint.items() if k != names[0]}, plan.chosen, model)
     optimizers = {name: value for name, value in state.items() if hasattr(value, "param_groups") and name in rest}
     moved = {name: remap_optimizer_state(rest[name], plan.chosen, _unwrapped(value), model) for name, value in optimizers.items()}

@@ -50,7 +50,8 @@ class _Remapper:
             options["strict"] = model.strict_loading
         plan = plan_load(model, state, **options)
         with open_source(plan.whole, state) as opened:
-            values = complete_state(values_of(plan, model, opened), plan.target, model.state_dict())
+            current = model.state_dict()
+            values = complete_state(values_of(plan, current, opened), plan.target, current)
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         moved = remap_copies(others, plan.chosen, model)
         if fitting and checkpoint.get("optimizer_states"):  # they are moved later: should that fail, the weights are put back

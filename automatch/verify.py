@@ -17,6 +17,7 @@ from automatch.mapping import KeyMapping, Option, Question
 from automatch.rotary import ROTARY, rotary_questions
 from automatch.snapshot import read_snapshot
 from automatch.specs import spec_of_model
+from automatch.training import complete_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,8 +124,8 @@ class _Trial:
         from automatch.atomic import replace_values
 
         self.tried += 1
-        state = self.initial | dict(convert(mapping.matches, self.checkpoint, self.target, self.initial))
-        replace_values(self.model, state)
+        state = dict(convert(mapping.matches, self.checkpoint, self.target, self.initial))
+        replace_values(self.model, complete_state(state, self.target, self.initial))
 
     def error(self, mapping: KeyMapping) -> float:
         """How far the output is from the golden one."""

@@ -192,3 +192,19 @@ def test_what_is_missing_for_a_proof_is_named(old, new):
         mapping.verify(new.to("meta"), ckpt, golden=(SAMPLE, SAMPLE))
     with pytest.raises(ModelError, match="failed on the sample batch"):
         mapping.verify(Gated("gate", "up", "down"), ckpt, golden=(torch.ones(2, 99), SAMPLE))
+
+
+def test_tied_weights_are_proven_under_either_key():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(x))
+
+    torch.manual_seed(0)
+    old, new = Tied(), Tied()
+    for feeds in ({"embed.weight": "embed.weight"}, {"head.weight": "head.weight"}):
+        assert mapping_of(new, old.state_dict(), feeds).verify(new, old.state_dict(), golden=record_golden(old, torch.arange(5)))

@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py                          # as shipped: own, sorted and shuffled order, and the baselines
     python benchmarks/accuracy.py --loo                    # the same, and every learnt table refitted without the group under test
     python benchmarks/accuracy.py --generated 400          # and on 400 random refactorings of real models
+    python benchmarks/accuracy.py --merge other.json       # take over runs that were measured elsewhere
     python benchmarks/accuracy.py llama bert --print       # only cases whose id has one of these words; nothing is written
 
 Each case goes through the public `propose_mapping` alone: a module skeleton on the meta device and a dict
@@ -185,6 +186,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--processes", type=int, default=2, help="default 2; 1 runs everything in this process")
     result.add_argument("--timeout", type=float, default=120, help="processor seconds per case for automatch (default 120)")
     result.add_argument("--tool-timeout", type=float, default=20, help="processor seconds per case for each baseline (default 20)")
+    result.add_argument(
+        "--merge", nargs="*", type=Path, default=[], metavar="JSON", help="take over runs from other results; measure nothing"
+    )
     result.add_argument("--print", action="store_true", dest="only_print", help="print the page, write nothing")
     result.add_argument("--output", type=Path, default=RESULTS / "accuracy.json", help="the .json to write; the .md goes beside it")
     return result
@@ -194,17 +198,33 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables, and write both files."""
     args = parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.merge:
+        _write(args.output, _merged_files(args.output, args.merge))
+        return
     command = " ".join(["python benchmarks/accuracy.py", *(sys.argv[1:] if argv is None else argv)])
-    data: dict[str, Any] = {"command": command, "versions": _versions(), "runs": measure(args)}
+    data: dict[str, Any] = {"versions": _versions(), "runs": [run | {"command": command} for run in measure(args)]}
     if args.only_print:
         print(figures.markdown(data, baselines.TITLES))
         return
     if args.output.exists() and not args.cases:
         data = merged(json.loads(args.output.read_text()), data)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(figures.dumps(data))
+    _write(args.output, data)
+
+
+def _merged_files(output: Path, others: list[Path]) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"runs": []}
+    for other in others:
+        found = json.loads(other.read_text())
+        data = {"versions": found["versions"]} | data
+        data["runs"] = merged(data, found)["runs"]
+    return data
+
+
+def _write(output: Path, data: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(figures.dumps(data))
     page = figures.markdown(data, baselines.TITLES)
-    args.output.with_suffix(".md").write_text(page)
+    output.with_suffix(".md").write_text(page)
     print(page.split("## Per ")[0])
 
 

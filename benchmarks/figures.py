@@ -122,7 +122,8 @@ def run_title(run: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 def markdown(data: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     """``accuracy.json`` as a page: a table per order, one per group, and the cases that are still wrong."""
     runs = data["runs"]
-    parts = ["# Accuracy on the corpus", "", f"Made by `{data['command']}`; {data['versions']}.", ""]
+    commands = dict.fromkeys(run["command"] for run in runs)
+    parts = ["# Accuracy on the corpus", "", f"Made by {', '.join(f'`{command}`' for command in commands)}; {data['versions']}.", ""]
     parts += [
         "Goals, for leave-one-family-out in the file's own order: " + ", ".join(f"{COLUMNS[k]} {v}" for k, v in GOALS.items()) + ".",
         "",

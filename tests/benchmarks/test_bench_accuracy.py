@@ -38,6 +38,15 @@ def test_results_keep_what_was_not_run_again(tmp_path, capsys):
     assert output.with_suffix(".md").read_text().startswith("# Accuracy")
 
 
+def test_results_of_several_machines_come_together(tmp_path, capsys):
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    for output, tool in ((here, "order"), (there, "strict")):
+        accuracy.main(["trap-mlp", "--processes", "1", "--orders", "file", "--tools", tool, "--output", str(output)])
+    accuracy.main(["--merge", str(there), "--output", str(here)])
+    assert [run["tool"] for run in json.loads(here.read_text())["runs"]] == ["strict", "order"]
+    assert "`python benchmarks/accuracy.py trap-mlp" in here.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize("tool", FAST)
 def test_baseline_maps_a_model_onto_itself(tool):
     case = next(corpus_cases.load_cases(["trap-mlp"]))

@@ -14,7 +14,6 @@ pytest.importorskip("anywidget", reason="needs anywidget: pip install anywidget"
 STORY = Path(__file__).parents[2] / "benchmarks" / "notebooks" / "story.ipynb"
 
 
-@pytest.mark.xfail(strict=False, reason="the engine is not sure of every part of the refactored U-Net++ yet")
 # The warnings of Jupyter's own event loops and message formats are not ours to mend.
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::RuntimeWarning", "ignore::ResourceWarning", "ignore::PendingDeprecationWarning"

@@ -50,10 +50,13 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_code_runs(old: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"model": Refactored(), "other_model": PatchTransformer(), "torch": torch, "Trainer": lightning.Trainer}
     names |= {"LitModel": LitModel, "data": torch.utils.data.DataLoader(torch.zeros(2, 1, 32, 32)), "quiet": QUIET}
+    names |= {"old_model": MedicalSegmentationModel(), "images": torch.randn(2, 1, 32, 32)}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert "would keep their initial values" in capsys.readouterr().out
     assert len(names["report"].loaded) == 184
+    assert names["proof"].proven
+    assert names["migration"].is_file()
     assert len(names["optimizer"].state_dict()["state"]) == 106
 
 

@@ -43,7 +43,7 @@ class Target:
         self._optimizer, self._device = optimizer, device
         self._fresh = optimizer is not None and not optimizer.state
         self._before: Any = None
-        self.nested: dict[str, Any] = {} if self._model is not None else model
+        self.nested: dict[str, Any] = {} if isinstance(model, nn.Module) else cast("dict[str, Any]", model)
         self.flat: dict[str, Any] = {}
         self.spec = StateSpec(())
         self._paths: dict[str, Any] = {}

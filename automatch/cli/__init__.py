@@ -22,6 +22,7 @@ COMMANDS = {
     "snapshot": "automatch.cli.snapshot:command",
     "export": "automatch.cli.export:command",
     "explain": "automatch.cli.explain:command",
+    "find-commit": "automatch.cli.find_commit:command",
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",
 }

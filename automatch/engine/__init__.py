@@ -14,7 +14,7 @@ from automatch.engine.solve import Weights
 from automatch.engine.tables import current
 from automatch.engine.verdict import shift_warnings, verdict_of
 from automatch.errors import MappingError
-from automatch.mapping import Match, Question, Verdict
+from automatch.mapping import CONFIDENT, Match, Question, Verdict
 from automatch.specs import StateSpec
 from automatch.transforms import Concat, Copy, Transform
 
@@ -61,7 +61,10 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     warnings = shift_warnings(source, [match for match in judged.matches if match.confidence >= 0.5])
     if warning:
         warnings.insert(0, warning)
-    return EngineResult(matches, questions, tuple(warnings), verdict_of(source, target, matches))
+    verdict = verdict_of(source, target, matches)
+    if verdict.kind == "different":
+        matches, questions = tuple(m for m in matches if m.decided or m.confidence >= CONFIDENT), ()
+    return EngineResult(matches, questions, tuple(warnings), verdict)
 
 
 def _pinned(source: StateSpec, target: StateSpec, key: str, value: str | Sequence[str] | None) -> Match | None:

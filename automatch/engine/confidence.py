@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 import numpy as np
 
@@ -13,11 +14,12 @@ from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
 from automatch.mapping import Alternative, Evidence, Match
-from automatch.transforms import Adapt, Chain, Concat, PermuteElements
+from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
 
 KEEP = 0.35  # below this a pair is more likely wrong than worth showing
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 RUNNERS_UP = 3
+CERTAIN = 0.999  # every key under its own name, one prefix aside
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
@@ -54,7 +56,22 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
             confidence = min(confidence, ORDER_CAP)
         if confidence >= KEEP:
             matches.append(_match(outcome, fed, deciders, confidence, runners))
+    if _only_prefixes(outcome):
+        matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
     return Judged(tuple(matches), probability)
+
+
+def _only_prefixes(outcome: Outcome) -> bool:
+    """Whether every key of the model is fed unchanged by the key of its own name, but for one prefix on either side."""
+    changes = set()
+    for fed in outcome.fed:
+        a, b = fed.sources[0], fed.target
+        same = len(commonprefix([a[::-1], b[::-1]]))
+        changes.add((a[: len(a) - same], b[: len(b) - same]))
+        if not isinstance(fed.transform, Copy) or len(changes) > 1:
+            return False
+    whole = {fed.target for fed in outcome.fed} == set(outcome.target.keys)
+    return whole and all(not part or part.endswith((".", "/")) for change in changes for part in change)
 
 
 def _is_unsure(fed: Fed) -> bool:

@@ -62,7 +62,7 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         "spare_t": _spare(outcome, t, s, solution.t, solution.s, left.n),
         "spare_s": _spare(outcome, s, t, solution.s, solution.t, right.n),
         "count": _counts(left, right, t, s),
-        "upward": np.array([float(_runs_upward(right.keys[int(j)]) or _runs_upward(left.keys[int(i)])) for j, i in zip(t, s, strict=True)]),
+        "upward": np.array([_backwards_risk(left, right, int(j), int(i)) for j, i in zip(t, s, strict=True)]),
         **_roots(left, right, t, s, evidence["concept"]),
         "registered": np.full(len(k), float(left.order == right.order == "registered")),
     }
@@ -133,6 +133,13 @@ def _counts(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray
 
 
 _UPWARD = ("up", "dec", "fusion", "refine", "fpn", "neck", "lateral", "top_down")
+
+
+def _backwards_risk(left: Side, right: Side, j: int, i: int) -> float:
+    """1 where a pair lies in a decoder or neck and its numbers are not the same, so that the list may run backwards."""
+    if not (_runs_upward(right.keys[j]) or _runs_upward(left.keys[i])):
+        return 0.0
+    return float([n[0] for n in right.numbers[j]] != [n[0] for n in left.numbers[i]])
 
 
 def _runs_upward(key: str) -> bool:

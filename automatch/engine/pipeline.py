@@ -15,7 +15,7 @@ from automatch.engine.parts import with_virtual_items
 from automatch.engine.reduction import Reduction, expand, reduce_repeats
 from automatch.engine.sides import Side
 from automatch.engine.solve import Solution, Weights, assign, solve
-from automatch.specs import StateSpec
+from automatch.specs import StateSpec, TensorSpec
 from automatch.transforms import Copy
 
 
@@ -125,8 +125,7 @@ def _follow_ties(outcome: Outcome, decided: set[str]) -> None:
     for tensor in outcome.target:
         if tensor.alias_of in fed and tensor.key not in fed and tensor.key not in decided:
             base = fed[tensor.alias_of]
-            namesake = tensor.key in outcome.source and outcome.source[tensor.key].shape == tensor.shape
-            sources = (tensor.key,) if namesake and isinstance(base.transform, Copy) else base.sources
+            sources = _namesake(outcome.source, base, tensor) or base.sources
             outcome.fed.append(Fed(tensor.key, sources, base.transform, base.items))
             outcome.tied[tensor.key] = tensor.alias_of
     unfed = [t for t in outcome.target if t.key not in fed and t.key not in decided and t.alias_of is None and t.kind != "buffer"]
@@ -142,12 +141,22 @@ def _follow_ties(outcome: Outcome, decided: set[str]) -> None:
             outcome.tied[tensor.key] = base.target
 
 
+def _namesake(source: StateSpec, base: Fed, tensor: TensorSpec) -> tuple[str] | None:
+    """The checkpoint's own copy of a tied tensor: the key that relates to it as the base's source does to the base."""
+    key, found = base.target, base.sources[0]
+    if isinstance(base.transform, Copy) and (found.endswith(key) or key.endswith(found)):
+        own = found[: -len(key)] + tensor.key if found.endswith(key) else tensor.key.removeprefix(key[: -len(found)])
+        if own in source and source[own].shape == tensor.shape:
+            return (own,)
+    return None
+
+
 def _vocabulary(outcome: Outcome, fed: Mapping[str, Fed]) -> dict[tuple[int, ...], Fed]:
     """The fed vocabulary tensors by shape: the token embedding or output layer, and the bias of the latter."""
     result: dict[tuple[int, ...], Fed] = {}
     for key, f in fed.items():
         shape = outcome.target[key].shape
-        if len(shape) == 2 and shape[0] > 1 and len(f.sources) == 1 and _names_vocabulary(key):
+        if len(shape) == 2 and shape[0] > shape[1] > 1 and len(f.sources) == 1 and _names_vocabulary(key):
             result.setdefault(shape, f)
     rows = {shape[0] for shape in result}
     for key, f in fed.items():

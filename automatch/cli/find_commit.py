@@ -105,7 +105,7 @@ def _lines(search: Search) -> Generator[str]:
     broken = sum(bool(fit.error) for fit in search.tried)
     yield (
         f"{search.n_commits} commits have {search.n_versions} distinct versions of the model's code; {len(search.tried)} were tried, "
-        f"{broken} could not be built."
+        f"{broken} could not be built, {sum(fit.seconds for fit in search.tried) / max(1, len(search.tried)):.1f} s each."
     )
     fit = search.best
     if fit is None:

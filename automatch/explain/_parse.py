@@ -44,16 +44,20 @@ class ParsedError:
 
 
 _SIZE = r"(?:torch\W{0,2}size)?\W*?\[([\d,\s]*)\]\)?"
+_WORDS = r"[^\[]{0,200}?"
 _MISMATCHES = (
     # torch; mmengine and Lightning repeat it, people retype it
-    (rf"size mismatch for ([^\s,:]+)\s*:?\s*copying a param (?:with shape|of)\s*{_SIZE}[^\[]*?(?:model is|shape is)\s*{_SIZE}", (1, 2)),
     (
-        rf"copying the parameter named ['\"]?([^\s'\"]+)['\"]?, whose dimensions in the model are {_SIZE}[^\[]*?checkpoint are {_SIZE}",
+        rf"size mismatch for ([^\s,:]+)\s*:?\s*copying a param (?:with shape|of)\s*{_SIZE}{_WORDS}(?:model is|shape is)\s*{_SIZE}",
+        (1, 2),
+    ),
+    (
+        rf"copying the parameter named ['\"]?([^\s'\"]+)['\"]?, whose dimensions in the model are {_SIZE}{_WORDS}checkpoint are {_SIZE}",
         (2, 1),
     ),
     # transformers 4, then the table of transformers 5
     (rf"-\s*([^\s:]+): found shape {_SIZE} in the checkpoint and {_SIZE} in the model", (1, 2)),
-    (rf"^\W*([^\s|]+)\s*\|\s*MISMATCH\s*\|[^\[\n]*ckpt:\s*{_SIZE} vs model:\s*{_SIZE}", (1, 2)),
+    (rf"^[^\w\n]*([^\s|]+)\s*\|\s*MISMATCH\s*\|[^\[\n]*ckpt:\s*{_SIZE} vs model:\s*{_SIZE}", (1, 2)),
 )
 _MISSING, _UNEXPECTED, _OTHER = "missing", "unexpected", ""
 # Where a list begins, and which one; the list ends where the next begins.
@@ -62,8 +66,8 @@ _HEADINGS = (
     (_UNEXPECTED, r"unexpected[ _]keys?(?:\(s\))?(?:\s+(?:in|from)\s+(?:the\s+|source\s+)?state.{0,2}dict)?\s*[:=]"),
     (_MISSING, r"keys that are in the model state dict but not in the checkpoint:"),
     (_UNEXPECTED, r"keys that are not in the model state dict but in the checkpoint:"),
-    (_UNEXPECTED, r"weights of the model checkpoint[^\[{]*?were not used when initializing[^:\[{]*:"),
-    (_MISSING, r"weights of[^\[{]*?were not initialized from the model checkpoint[^\[{]*?newly initialized:"),
+    (_UNEXPECTED, r"weights of the model checkpoint[^\[{]{0,400}?were not used when initializing[^:\[{]*:"),
+    (_MISSING, r"weights of[^\[{]{0,400}?were not initialized from the model checkpoint[^\[{]{0,400}?newly initialized:"),
     (
         _OTHER,
         r"size mismatch for|copying the parameter named|newly initialized because the shapes|this IS (?:NOT )?expected|you should probably",
@@ -76,11 +80,11 @@ _MODEL = re.compile(
 _HEADING = re.compile("|".join(f"(?P<h{place}>{pattern})" for place, (_, pattern) in enumerate(_HEADINGS)), re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z_][\w\-]*(?:[./][\w\-@:]+)+|[A-Za-z_]\w*")
 _QUOTED = re.compile(r"\"([^\"\n]+)\"|'([^'\n]+)'|“([^”\n]+)”")
-_ROW = re.compile(r"^\W*([^\s|][^|\n]*?)\s*\|\s*(MISSING|UNEXPECTED)\b", re.MULTILINE)
+_ROW = re.compile(r"^[^\w\n]*([^\s|][^|\n]*?)\s*\|\s*(MISSING|UNEXPECTED)\b", re.MULTILINE)
 _ELIDED = re.compile(r"\.\.\.|…|\[\.\.\.\]")
 _JUNK = re.compile(r"^[ \t]*(?:\[rank\d+\]:|>|E(?=\s)|[│|](?!.*\|\s*(?:MISSING|UNEXPECTED|MISMATCH)))[ \t]?", re.MULTILINE)
 _STAMP = re.compile(
-    r"^\s*\[?\d{4}-\d\d-\d\d[T ][\d:.,]+\S*[^\"'\n]*?(?=(?:missing|unexpected|size mismatch)\b)", re.MULTILINE | re.IGNORECASE
+    r"^[ \t]*\[?\d{4}-\d\d-\d\d[T ][\d:.,]+\S*[^\"'\n]*?(?=(?:missing|unexpected|size mismatch)\b)", re.MULTILINE | re.IGNORECASE
 )
 _OLD = re.compile(r"(missing|unexpected) keys? (?:in state_dict: )?[\"']?(\{[^}]*\}|[\w.]+)[\"']?(?: in state_dict)?", re.IGNORECASE)
 

@@ -91,7 +91,7 @@ def picture(browser: Any, page: Path, name: str, *, size: tuple[int, int] = (128
         time.sleep(0.5)
     (HERE / "screenshots").mkdir(exist_ok=True)
     image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    image.quantize(64, dither=Image.Dither.NONE).save(HERE / "screenshots" / f"{name}.png", optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(HERE / "screenshots" / f"{name}.png", optimize=True)
 
 
 def corpus_mapping(name: str) -> automatch.KeyMapping:

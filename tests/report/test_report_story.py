@@ -24,9 +24,8 @@ def test_the_story_ends_well(tmp_path: Path) -> None:
     notebook = nbformat.read(STORY, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert "Renamed" in html_of(notebook, "mapping = automatch.propose_mapping(")
-    assert "review" in str(notebook.cells)
     assert text_of(notebook, "assert torch.equal").startswith("Dice before")
-    assert "PatchTransformer" in text_of(notebook, "PatchTransformer()")
+    assert "nothing was loaded" in text_of(notebook, "PatchTransformer()")
 
 
 def outputs(notebook: Any, start: str) -> list[Any]:

@@ -10,7 +10,7 @@ import click
 from automatch.cli import console
 
 
-@click.command()
+@click.command("explain")
 @click.argument("message", type=click.File(encoding="utf-8", errors="replace"), default="-")
 @click.option("--json", "as_json", is_flag=True, help="Print causes, pairs and code as JSON.")
 @click.pass_context

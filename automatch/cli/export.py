@@ -12,7 +12,7 @@ from automatch.cli import console
 KINDS = ("script", "revise_keys", "key_mapping", "weight_conversions", "pre_hook", "on_load_checkpoint")
 
 
-@click.command()
+@click.command("export")
 @click.argument("mapping", type=click.Path())
 @click.option("--kind", "-k", type=click.Choice(KINDS), default="script", show_default=True, help="What to write.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write it here instead of to stdout.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WARNING = "This builds old versions of the model, which runs the old code of this repository on this machine."
 
 
-@click.command()
+@click.command("find-commit")
 @click.argument("ckpt", type=click.Path())
 @click.option(
     "--factory", "-f", required=True, metavar="FACTORY", help="Today's name of the model: `package.module:factory` or `file.py:Factory`."

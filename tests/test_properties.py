@@ -18,7 +18,7 @@ from automatch.transforms import Copy
 WORDS = ("encoder", "decoder", "layers", "blocks", "attn", "mlp", "norm", "proj", "fc", "conv")
 LEAVES = (("weight", (4, 4)), ("weight", (4, 6)), ("bias", (4,)), ("weight", (4,)), ("running_mean", (4,)), ("num_batches_tracked", ()))
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "net.", "ema.")
-PLACEHOLDER = "the placeholder engine is plain name + order"
+PLACEHOLDER = "written before the engine; to become strict where it holds"
 
 segments = st.one_of(st.sampled_from(WORDS), st.integers(0, 12).map(str))
 

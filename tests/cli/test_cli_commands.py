@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from handmade import mapping_of
 from safetensors.torch import load_file
@@ -42,7 +41,6 @@ def test_what_is_left_to_decide_exits_with_1(cli, folder: Path) -> None:
     assert "head" in result.stdout
 
 
-@pytest.mark.xfail(strict=False, reason="the placeholder engine ignores pins")
 def test_pins_are_obeyed(cli, folder: Path) -> None:
     pins = ["--pin", "layers.0.weight=layers.2.weight", "--pin", "head.bias="]
     result = cli("propose", "net.ckpt", "--model", "net.ckpt", "--json", *pins)

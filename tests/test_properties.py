@@ -116,7 +116,6 @@ def test_the_same_input_gives_the_same_answer(target: StateSpec, source: StateSp
     assert propose_mapping(target, source).to_dict() == propose_mapping(target, source).to_dict()
 
 
-@pytest.mark.xfail(strict=False, reason=PLACEHOLDER)
 @given(specs(), specs(), st.data())
 def test_a_pin_is_obeyed_whatever_else_is_there(target: StateSpec, source: StateSpec, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(target.keys))
@@ -126,7 +125,6 @@ def test_a_pin_is_obeyed_whatever_else_is_there(target: StateSpec, source: State
     assert (mapping[key].sources if key in mapping else None) == (None if pin is None else (pin,))
 
 
-@pytest.mark.xfail(strict=False, reason=PLACEHOLDER)
 def test_unrelated_models_are_not_confidently_matched() -> None:
     mapping = propose_mapping(nn.LSTM(4, 6, num_layers=2), ZOO["convnet"]().state_dict())
     assert not mapping.confident().matches

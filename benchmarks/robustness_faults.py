@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
+import signal
+import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,15 +24,6 @@ from convert import mapping_of
 from safetensors.torch import save_file
 
 from automatch import CheckpointError, KeyMapping, open_checkpoint
-
-CONVERT = """
-import sys
-from automatch import KeyMapping
-mapping = KeyMapping.load(sys.argv[1])
-print("ready", flush=True)
-mapping.convert(sys.argv[2], sys.argv[3])
-print("done", flush=True)
-"""
 
 
 def digest(path: Path) -> str:
@@ -45,38 +38,35 @@ def whole(out: Path, mapping: KeyMapping, source: Path) -> bool:
 
 
 def kills(folder: Path, source: Path, out: Path, count: int) -> str:
-    """Kill conversions at random moments of their run."""
+    """Kill conversions, each in a process of its own, at random moments of their run."""
     mapping = mapping_of(source, True)
-    mapping.save(folder / "m.json")
-    before = digest(source)
-    command = [sys.executable, "-c", CONVERT, str(folder / "m.json"), str(source), str(out)]
-    took = []
+    before, took = digest(source), []
     for _ in range(3):
-        took.append(_timed(command))
+        start = time.perf_counter()
+        os.waitpid(_fork(mapping, source, out), 0)
+        took.append(time.perf_counter() - start)
         _remove(out)
     moments, outcome = random.Random(0), Counter[str]()
-    for _ in range(count):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(moments.uniform(0, 1.2 * max(took)))
-            outcome["ended before" if process.poll() is not None else "killed"] += 1
-            process.kill()
+    while outcome["killed"] < count:
+        child = _fork(mapping, source, out)
+        time.sleep(moments.uniform(0, 1.1 * statistics.median(took)))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        outcome["killed" if os.WIFSIGNALED(status) else "ended before"] += 1
         outcome["input changed"] += digest(source) != before
         outcome["output absent" if not out.exists() else "output whole" if whole(out, mapping, source) else "output broken"] += 1
         _remove(out)
     left = sum(1 for _ in folder.glob(".*.tmp"))
     order = ("killed", "ended before", "output absent", "output whole", "output broken", "input changed")
-    return f"| {source.name} → {out.name} | {count} | {' | '.join(str(outcome[name]) for name in order)} | {left} |"
+    return f"| {source.name} → {out.name} | {' | '.join(str(outcome[name]) for name in order)} | {left} |"
 
 
-def _timed(command: list[str]) -> float:
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        start = time.perf_counter()
-        process.stdout.readline()
-        return time.perf_counter() - start
+def _fork(mapping: KeyMapping, source: Path, out: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        mapping.convert(source, out)
+        os._exit(0)
+    return child
 
 
 def _remove(path: Path) -> None:
@@ -120,13 +110,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where the files are made (default: the temporary folder)")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process has no other threads
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         state = {f"layers.{i}.weight": torch.randint(0, 2**15, (512, 512), dtype=torch.int16).view(torch.bfloat16) for i in range(40)}
         save_file(state, folder / "a.safetensors")
         torch.save({"state_dict": state, "epoch": 1}, folder / "a.ckpt")
-        print("| conversion | runs | killed | ended before | output absent | whole | broken | input changed | temporary folders left |")
-        print("|-|-|-|-|-|-|-|-|-|")
+        print("| conversion | killed | ended before | output absent | whole | broken | input changed | temporary folders left |")
+        print("|-|-|-|-|-|-|-|-|")
         for source, out in (("a.safetensors", "b.safetensors"), ("a.ckpt", "b.ckpt"), ("a.safetensors", "b")):
             print(kills(folder, folder / source, folder / out, options.kills), flush=True)
         rows = full_disk(folder, folder / "a.safetensors")

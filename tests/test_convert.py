@@ -5,7 +5,7 @@ import pickle
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -151,6 +151,18 @@ def test_every_source_to_every_output(source, tmp_path, out, verify):
     assert result.verified is verify
     assert result.n_bytes == sum(value.nbytes for value in expected.values())
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["flax.msgpack", "flax_chunked.msgpack", "keras.weights.h5", "model.keras", "small.gguf", "dcp_two_ranks"])
+def test_files_of_other_libraries_are_converted(tmp_path, name):
+    pytest.importorskip("h5py" if "keras" in name else "gguf" if "gguf" in name else "torch")
+    ckpt = Path(__file__).parent / "readers" / "data" / name
+    expected = renamed(ckpt).apply(ckpt)
+    for out in ("out.safetensors", "out.pt", "out"):
+        renamed(ckpt).convert(ckpt, tmp_path / out, verify=True)
+        written = read(tmp_path / out)
+        assert set(written) == set(expected)
+        assert all(torch.equal(written[key], value) for key, value in expected.items())
 
 
 def test_plain_renames_and_whole_rows_are_not_decoded(tmp_path, monkeypatch):

@@ -70,7 +70,10 @@ def spec_of(side: Mapping[str, Any], entries: Iterable[Any], origin: str) -> Sta
     """A spec from a case's entries."""
     classes = side.get("modules") or {}
     return StateSpec(
-        tuple(TensorSpec(k, tuple(s), d, KINDS[kind] if origin == "model" else None, None, classes.get(k.rpartition(".")[0])) for k, s, d, kind in entries),  # type: ignore[arg-type]
+        tuple(
+            TensorSpec(k, tuple(s), d, KINDS[kind] if origin == "model" else None, None, classes.get(k.rpartition(".")[0]))
+            for k, s, d, kind in entries
+        ),  # type: ignore[arg-type]
         origin,
     )
 
@@ -93,7 +96,11 @@ def collect(job: tuple[str, str, str, dict[str, Any]]) -> Collected | None:
     alias = {key: same[0] for same in case["source"].get("aliases", []) for key in same}
     for fed in outcome.fed:
         true = truth.get(fed.target)
-        if fed.target in outcome.tied or fed.target.endswith("num_batches_tracked") or (true is None and target_spec[fed.target].kind == "buffer"):
+        if (
+            fed.target in outcome.tied
+            or fed.target.endswith("num_batches_tracked")
+            or (true is None and target_spec[fed.target].kind == "buffer")
+        ):
             continue
         wanted = [[alias.get(k, k) for k in keys_] for keys_ in (true["sources"], *true.get("alt", []))] if true else []
         ok = [alias.get(k, k) for k in fed.sources] in wanted
@@ -118,7 +125,12 @@ def _unrelated(paths: list[Path], chance: random.Random) -> Iterable[tuple[Path,
         a, b = chance.sample(light, 2)
         groups = {group_of_case(known[a]), group_of_case(known[b])}
         apart = _convolutional(known[a]) != _convolutional(known[b])
-        if len(groups) == 2 and "negative" not in groups and (apart or chance.random() < 0.4) and not (_convolutional(known[a]) and _convolutional(known[b])):
+        if (
+            len(groups) == 2
+            and "negative" not in groups
+            and (apart or chance.random() < 0.4)
+            and not (_convolutional(known[a]) and _convolutional(known[b]))
+        ):
             left -= 1
             yield a, chance.choice(corpus_cases.ORDERS), b
 
@@ -205,4 +217,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import fit as this  # what is pickled must belong to the module, not to __main__
+
+    this.main()

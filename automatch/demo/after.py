@@ -30,11 +30,11 @@ class FusionNode(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.reduce = ConvNormAct(inputs, outputs)
-        self.refine = ConvNormAct(outputs, outputs)
+        self.conv1 = ConvNormAct(inputs, outputs)
+        self.conv2 = ConvNormAct(outputs, outputs)
 
     def forward(self, parts: list[Tensor]) -> Tensor:
-        return self.refine(self.reduce(torch.cat(parts, 1)))
+        return self.conv2(self.conv1(torch.cat(parts, 1)))
 
 
 class NestedDecoder(nn.Module):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 
 import numpy as np
 
 from automatch.engine.assemble import Fed
 from automatch.engine.features import NAMES, pair_features
+from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
@@ -43,7 +43,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         backwards = (rows[:, NAMES.index("upward")] > 0) & (rows[:, NAMES.index("list_name")] == 0) & (rows[:, NAMES.index("twins")] > 0.4)
         values = np.where(backwards, np.minimum(values, UPWARD_CAP), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
-    runners = _RunnersUp(outcome)
+    runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
     matches = []
     for fed in outcome.fed:
         deciders = [outcome.decided_by[j][1] for j in fed.items]
@@ -55,7 +55,9 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         if _order_unsaid(fed):
             confidence = min(confidence, ORDER_CAP)
         if confidence >= KEEP:
-            matches.append(_match(outcome, fed, deciders, confidence, runners))
+            score, evidence = evidences.of(tuple(deciders))
+            alternatives = runners.of(fed, confidence)
+            matches.append(Match(fed.target, fed.sources, fed.transform, score, round(confidence, 6), evidence, alternatives))
     if _only_prefixes(outcome):
         matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
     return Judged(tuple(matches), probability)
@@ -66,7 +68,7 @@ def _only_prefixes(outcome: Outcome) -> bool:
     changes = set()
     for fed in outcome.fed:
         a, b = fed.sources[0], fed.target
-        same = len(commonprefix([a[::-1], b[::-1]]))
+        same = shared_ending([a, b])
         changes.add((a[: len(a) - same], b[: len(b) - same]))
         if not isinstance(fed.transform, Copy) or len(changes) > 1:
             return False
@@ -85,26 +87,32 @@ def _order_unsaid(fed: Fed) -> bool:
     return isinstance(fed.transform, Concat) and len(fed.sources) == 2 and not said
 
 
-def _match(outcome: Outcome, fed: Fed, deciders: list[int], confidence: float, runners: _RunnersUp) -> Match:
-    solution = outcome.solution
-    pairs = [outcome.pair_of[j] for j in deciders]
-    mean = {name: float(np.mean(values[pairs])) for name, values in solution.evidence.items()}
-    evidence = Evidence(
-        name=round(mean["name"], 4),
-        shape=round(0.5 + 0.5 * mean["layout"], 4),
-        size=1.0,
-        order=round(float(np.clip(0.5 + 0.5 * mean["rank"], 0, 1)), 4),
-        context=round(float(np.clip((mean["node"] + mean["template"] + mean["suffix"]) / 2, 0, 1)), 4),
-    )
-    return Match(
-        target=fed.target,
-        sources=fed.sources,
-        transform=fed.transform,
-        score=round(float(np.mean(solution.score[pairs])), 6),
-        confidence=round(confidence, 6),
-        evidence=evidence,
-        alternatives=runners.of(fed, confidence),
-    )
+class _Evidences:
+    """The evidence of a match, from the pairs that decided it; computed once for all keys that the same pairs decide."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        found, n = outcome.solution.evidence, len(outcome.solution.t)
+        zero = np.zeros(n)
+        context = (found.get("node", zero) + found.get("template", zero) + found.get("suffix", zero)) / 2
+        self._columns = np.stack(
+            [
+                outcome.solution.score,
+                found.get("name", zero),
+                0.5 + 0.5 * found.get("layout", zero),
+                np.clip(0.5 + 0.5 * found.get("rank", zero), 0, 1),
+                np.clip(context, 0, 1),
+            ]
+        )
+        self._pair_of = outcome.pair_of
+        self._known: dict[tuple[int, ...], tuple[float, Evidence]] = {}
+
+    def of(self, deciders: tuple[int, ...]) -> tuple[float, Evidence]:
+        """The raw score and the evidence."""
+        if deciders not in self._known:
+            score, name, shape, order, context = self._columns[:, [self._pair_of[j] for j in deciders]].mean(1).tolist()
+            evidence = Evidence(round(name, 4), round(shape, 4), 1.0, round(order, 4), round(context, 4))
+            self._known[deciders] = (round(score, 6), evidence)
+        return self._known[deciders]
 
 
 class _RunnersUp:

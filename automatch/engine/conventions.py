@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,11 @@ class Conventions:
     sets: tuple[Mapping[str, str], ...]
 
 
-def read_conventions(data: Mapping[str, object]) -> Conventions:
+def read_conventions(data: Mapping[str, Any]) -> Conventions:
     """Build the look-up from the table's JSON form."""
-    regions = {name: _by_last_word(name, parts) for name, parts in data["regions"].items()}  # type: ignore[attr-defined]
+    regions = {name: _by_last_word(name, parts) for name, parts in data["regions"].items()}
     areas: dict[str, list[Alias]] = {}
-    for area, parts in data["areas"].items():  # type: ignore[attr-defined]
+    for area, parts in data["areas"].items():
         for word, aliases in _by_last_word(area, parts).items():
             areas.setdefault(word, []).extend(aliases)
     return Conventions({word: tuple(aliases) for word, aliases in areas.items()}, regions, tuple(data["sets"]))
@@ -130,20 +131,15 @@ def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tu
 
 def regions(words: tuple[str, ...], table: Conventions) -> tuple[str | None, ...]:
     """For every kind of region (stack, modality, branch) the one the words name first, or None."""
-    result: list[str | None] = []
-    for aliases in table.regions.values():
-        result.append(
-            next(
-                (
-                    part
-                    for stop in range(1, len(words) + 1)
-                    for _, run, _, part in aliases.get(words[stop - 1], ())
-                    if words[max(0, stop - len(run)) : stop] == run
-                ),
-                None,
-            )
-        )
-    return tuple(result)
+    return tuple(_region(words, aliases) for aliases in table.regions.values())
+
+
+def _region(words: tuple[str, ...], aliases: Mapping[str, tuple[Alias, ...]]) -> str | None:
+    for stop in range(1, len(words) + 1):
+        for _, run, _, part in aliases.get(words[stop - 1], ()):
+            if words[max(0, stop - len(run)) : stop] == run:
+                return part
+    return None
 
 
 def _contains(words: tuple[str, ...], run: tuple[str, ...]) -> bool:
@@ -182,9 +178,10 @@ def _branches(side: Side, labels: list[Label], kind: int) -> list[Label]:
     """Give an item without a region of this kind the only one that its module's other entries have."""
     around: dict[int, set[str]] = {}
     for path, (_, where) in zip(side.paths, labels, strict=True):
-        if where[kind] is not None:
+        region = where[kind]
+        if region is not None:
             for node in path[-3:]:
-                around.setdefault(node, set()).add(where[kind])
+                around.setdefault(node, set()).add(region)
     result = []
     for path, (meaning, where) in zip(side.paths, labels, strict=True):
         found = around.get(path[-2] if len(path) > 1 else -1, set())

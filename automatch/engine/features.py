@@ -8,7 +8,7 @@ import numpy as np
 
 from automatch.engine.pipeline import Outcome
 from automatch.engine.sides import Side
-from automatch.keys import pieces_of
+from automatch.keys import numbers_of, pieces_of
 
 NAMES = (
     "soft", "margin_t", "margin_s", "score", "name", "concept", "region", "role", "rank", "sibling", "block", "layout",
@@ -139,7 +139,8 @@ def _backwards_risk(left: Side, right: Side, j: int, i: int) -> float:
     """1 where a pair lies in a decoder or neck and its numbers are not the same, so that the list may run backwards."""
     if not (_runs_upward(right.keys[j]) or _runs_upward(left.keys[i])):
         return 0.0
-    return float([n[0] for n in right.numbers[j]] != [n[0] for n in left.numbers[i]])
+    a, b = numbers_of(right.keys[j]), numbers_of(left.keys[i])
+    return float(a[: len(b)] != b[: len(a)])
 
 
 def _runs_upward(key: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from functools import lru_cache
 
 from automatch.keys import segments_of
 from automatch.specs import StateSpec
@@ -56,16 +56,32 @@ def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
     return [Item(t.key[: len(t.key) - len(ending)], t.shape, t.kind, t.owner, (t.key,)) for t in entries]
 
 
+def shared_ending(keys: Sequence[str]) -> int:
+    """How many characters at the end all keys share."""
+    low, high = min(keys, key=_backwards), max(keys, key=_backwards)
+    count = 0
+    for a, b in zip(reversed(low), reversed(high), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _backwards(key: str) -> str:
+    return key[::-1]
+
+
 def _common_ending(keys: list[str]) -> str:
     """The whole segments at the end that all of more than two keys share, beyond which every key has two segments left."""
     if len(keys) < 3:
         return ""
-    ending = commonprefix([key[::-1] for key in keys])[::-1]
+    ending = keys[0][len(keys[0]) - shared_ending(keys) :]
     cut = min((i for i in (ending.find("."), ending.find("/")) if i >= 0), default=-1)
     ending = ending[cut:] if cut >= 0 else ""
     return ending if all(len(segments_of(key[: len(key) - len(ending)])) > 1 for key in keys) else ""
 
 
+@lru_cache(maxsize=1 << 14)
 def canonical(shape: Shape) -> Shape:
     """The dimensions above 1 in ascending order: equal for tensors that are a reshape by 1s or a permutation apart."""
     return tuple(sorted(size for size in shape if size != 1))

@@ -14,7 +14,7 @@ from dataclasses import replace
 from automatch.engine.columns import Columns
 from automatch.engine.items import Item, Shape, Slot, canonical
 from automatch.keys import pieces_of, segments_of, template_of
-from automatch.transforms import Copy, Reshape, Slice, Stack, chain
+from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, chain
 
 PARTS = {3: ("q", "k", "v"), 2: ("k", "v")}
 GATED = ("gate", "up")
@@ -60,11 +60,13 @@ def _merged(shape: Shape) -> list[Shape]:
 
 def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
     """Stack tensors of numbered siblings (experts) that the other side holds as one tensor."""
+    mine, theirs = Counter(canonical(item.shape) for item in items), Counter(canonical(item.shape) for item in others)
+    if all(2 * theirs[shape] > count for shape, count in mine.items()):
+        return list(items)
     places = Columns([i.key for i in items], [i.shape for i in items]).place()
     other_places = Columns([i.key for i in others], [i.shape for i in others]).place()
     repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=True) if place[2]}
     shapes = Counter(item.shape for item in others)
-    mine, theirs = Counter(canonical(item.shape) for item in items), Counter(canonical(item.shape) for item in others)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
     for i, (column, coordinates, dims) in enumerate(places):
         if dims and len(items[i].reals) == 1 and _numbered(items[i].key, column):
@@ -123,8 +125,6 @@ def _stack(members: Sequence[Item], whole: Shape, is_target: bool) -> Item:
     if not is_target:
         how = chain(Stack(0), *((Reshape(whole),) if flat and whole[1] == shape[1] else ()))
         if flat and whole[1] != shape[1]:
-            from automatch.transforms import Permute
-
             how = chain(Stack(0), Permute((0, 2, 1)), Reshape(whole))
         return replace(first, key=key, shape=whole, reals=reals, how=how)
     length = whole[0] // n
@@ -132,8 +132,6 @@ def _stack(members: Sequence[Item], whole: Shape, is_target: bool) -> Item:
     for i in range(n):
         part = Slice(0, i * length, length)
         if flat:
-            from automatch.transforms import Permute
-
             back.append(part if whole[1] == shape[1] else chain(part, Permute((1, 0))))
         else:
             back.append(chain(part, Reshape(shape)))
@@ -264,8 +262,3 @@ def _split(item: Item, dim: int, lengths: tuple[int, ...], *, is_target: bool) -
             parts.append(replace(item, key=key, shape=shape, how=chain(item.how, Slice(dim, start, length))))
         start += length
     return parts
-
-
-def size_of(shape: Shape) -> int:
-    """Number of elements."""
-    return math.prod(shape)

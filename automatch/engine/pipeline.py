@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from automatch.engine.assemble import Fed, assemble
 from automatch.engine.conventions import concept, shipped_conventions, words_in_order
 from automatch.engine.items import Item, items_of

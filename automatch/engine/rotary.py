@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from automatch.mapping import Match, Option, Question
 from automatch.specs import StateSpec
@@ -53,7 +54,10 @@ def rotary_question(
         f"reorder them, and for which head size? {len(rows)} keys hang on it."
     )
     keys = tuple(m.target for m in rows)
-    warning = f"rotary layout: {len(rows)} query and key tensors like {keys[0]!r} need their rows reordered ({a} to {b}); copied as they are the model computes nonsense"
+    warning = (
+        f"rotary layout: {len(rows)} query and key tensors like {keys[0]!r} need their rows reordered ({a} to {b}); "
+        "copied as they are the model computes nonsense"
+    )
     return changed, Question(f"q{number}", text, tuple(options), keys), warning
 
 
@@ -72,14 +76,10 @@ def _is_query_or_key(match: Match, target: StateSpec) -> bool:
 
 
 def _unsure(match: Match) -> Match:
-    from dataclasses import replace
-
     return replace(match, confidence=min(match.confidence, UNSURE))
 
 
 def _with(match: Match, transform: Transform) -> Match:
-    from dataclasses import replace
-
     return replace(match, transform=transform, alternatives=())
 
 

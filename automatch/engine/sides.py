@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ class Side:
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
         self.n = len(self.items)
+        self._owner_runs: tuple[np.ndarray, np.ndarray, sp.csr_matrix] | None = None
         self.keys = [item.key for item in self.items]
         self.shapes = [item.shape for item in self.items]
         self.segments = [segments_of(key) for key in self.keys]
@@ -125,6 +127,11 @@ class Side:
 
     def owner_runs(self) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix]:
         """The owner (module) of each item, the owners before and after each owner, and the incidence of items on owners."""
+        if self._owner_runs is None:
+            self._owner_runs = self._find_owner_runs()
+        return self._owner_runs
+
+    def _find_owner_runs(self) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix]:
         order = np.argsort(self.position, kind="stable")
         ids: dict[int, int] = {}
         for i in order:
@@ -192,9 +199,9 @@ def order_kind(keys: Sequence[str], segments: Sequence[Sequence[str]]) -> Order:
     """
     if len(keys) < 3:
         return "registered"
-    if all(a < b for a, b in zip(keys, keys[1:], strict=False)):
+    if all(a < b for a, b in pairwise(keys)):
         return "sorted"
     owners = [".".join(s[:-1]) for s in segments]
-    runs = 1 + sum(a != b for a, b in zip(owners, owners[1:], strict=False))
+    runs = 1 + sum(a != b for a, b in pairwise(owners))
     distinct = len(set(owners))
     return "none" if runs > 1.5 * distinct + 2 else "registered"

@@ -22,6 +22,8 @@ from automatch.engine.names import Lexicon, key_similarity
 from automatch.engine.sides import Side
 from automatch.keys import natural_order, template_of
 
+Soft = np.ndarray | sp.csr_matrix
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -254,6 +256,7 @@ class Groups:
         self.padded = np.full((n, width), self.count)
         for i, groups in enumerate(lists):
             self.padded[i, : len(groups)] = groups
+        self.dense = self.incidence.toarray() if n * self.count <= SMALL else None
         self.weight = np.append(np.log(1 + n / np.maximum(self.size, 1)), 0.0)
 
 
@@ -272,13 +275,28 @@ def suffix_groups(side: Side) -> Groups:
     return Groups([["/".join(segs[-d:]) for d in range(2, min(4, len(segs)) + 1)] or ["/".join(segs)] for segs in side.segments], side.n)
 
 
-def context(target: Groups, source: Groups, soft: sp.csr_matrix, t: np.ndarray, s: np.ndarray, *, compete: bool) -> np.ndarray:
+SMALL = 1 << 18  # up to this many entries dense matrices are faster than sparse ones
+
+
+def _matrix(soft: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int) -> Soft:
+    """The soft assignment as a matrix, dense where it is small."""
+    if n_t * n_s > SMALL:
+        return sp.csr_matrix((soft, (t, s)), shape=(n_t, n_s))
+    matrix = np.zeros((n_t, n_s))
+    matrix[t, s] = soft
+    return matrix
+
+
+def context(target: Groups, source: Groups, soft: Soft, t: np.ndarray, s: np.ndarray, *, compete: bool) -> np.ndarray:
     """How well the groups of a pair's items are matched with one another, in [0, 1].
 
     The similarity of two groups is the Jaccard index under the soft assignment; each group of an item
     takes its best partner among the groups of the other item, and small groups count more than large ones.
     """
-    both = (target.incidence.T @ soft @ source.incidence).toarray()
+    if target.dense is not None and source.dense is not None and isinstance(soft, np.ndarray):
+        both = target.dense.T @ soft @ source.dense
+    else:
+        both = (target.incidence.T @ soft @ source.incidence).toarray()
     jaccard = both / np.maximum(target.size[:, None] + source.size[None, :] - both, 1e-9)
     if compete:
         best = np.maximum(jaccard.max(1, keepdims=True), jaccard.max(0, keepdims=True))
@@ -300,11 +318,12 @@ def neighbours(source: Side, target: Side, soft: np.ndarray, t: np.ndarray, s: n
     return grid[rank_t[t] + 2, rank_s[s] + 2] + grid[rank_t[t], rank_s[s]]
 
 
-def module_neighbours(source: Side, target: Side, soft: sp.csr_matrix, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+def module_neighbours(source: Side, target: Side, soft: Soft, t: np.ndarray, s: np.ndarray) -> np.ndarray:
     """How far the modules before and after a pair's modules are matched with one another."""
     of_t, order_t, owners_t = target.owner_runs()
     of_s, order_s, owners_s = source.owner_runs()
-    both = (owners_t.T @ soft @ owners_s).toarray()
+    both = owners_t.T @ soft @ owners_s
+    both = both if isinstance(both, np.ndarray) else both.toarray()
     size_t, size_s = np.asarray(owners_t.sum(0)).ravel(), np.asarray(owners_s.sum(0)).ravel()
     jaccard = np.pad(both / np.maximum(size_t[:, None] + size_s[None, :] - both, 1e-9), ((0, 1), (0, 1)))
     a, b = of_t[t], of_s[s]
@@ -406,7 +425,7 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
     score = np.asarray(unary)
     for beta in w.betas:
         soft = soft_assignment(score, t, s, target.n, source.n, w.none, beta)
-        matrix = sp.csr_matrix((soft, (t, s)), shape=(target.n, source.n))
+        matrix = _matrix(soft, t, s, target.n, source.n)
         score = np.array(unary)
         for name, (groups_t, groups_s) in families.items():
             evidence[name] = context(groups_t, groups_s, matrix, t, s, compete=name == "node")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def current() -> Tables:
 
 
 @contextmanager
-def use(tables: Tables) -> Iterator[None]:
+def use(tables: Tables) -> Generator[None, None, None]:
     """Match with other tables inside a ``with`` block (for benchmarks that leave families out of the fitting)."""
     token = _override.set(tables)
     try:

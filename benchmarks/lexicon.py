@@ -20,7 +20,9 @@ def word_pairs(case: Mapping[str, Any]) -> set[Pair]:
     """The distinct (target words, source words) of a case's one-to-one pairs."""
     if len(case["target"]["entries"]) > LARGE:
         return set()
-    sides = [Side([Item(key, tuple(shape), None, None, (key,)) for key, shape, *_ in case[side]["entries"]]) for side in ("target", "source")]
+    sides = [
+        Side([Item(key, tuple(shape), None, None, (key,)) for key, shape, *_ in case[side]["entries"]]) for side in ("target", "source")
+    ]
     words = [dict(zip(side.keys, flat_words(side), strict=True)) for side in sides]
     return {
         (words[0][key], words[1][true["sources"][0]])

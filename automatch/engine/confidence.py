@@ -14,11 +14,13 @@ from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
 from automatch.mapping import Alternative, Evidence, Match
+from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
 
 KEEP = 0.35  # below this a pair is more likely wrong than worth showing
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 RUNNERS_UP = 3
+IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
 CERTAIN = 0.999  # every key under its own name, one prefix aside
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
@@ -43,6 +45,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         backwards = (rows[:, NAMES.index("upward")] > 0) & (rows[:, NAMES.index("list_name")] == 0) & (rows[:, NAMES.index("twins")] > 0.4)
         values = np.where(backwards, np.minimum(values, UPWARD_CAP), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
+    identical = _identical_parts(outcome)
     runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
     matches = []
     for fed in outcome.fed:
@@ -54,6 +57,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
             confidence = min(confidence, 0.6)
         if _order_unsaid(fed):
             confidence = min(confidence, ORDER_CAP)
+        if identical.get(fed.target) == fed.sources and isinstance(fed.transform, Copy):
+            confidence = max(confidence, IDENTICAL)
         if confidence >= KEEP:
             score, evidence = evidences.of(tuple(deciders))
             alternatives = runners.of(fed, confidence)
@@ -61,6 +66,35 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     if _only_prefixes(outcome):
         matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
     return Judged(tuple(matches), probability)
+
+
+def _identical_parts(outcome: Outcome) -> dict[str, tuple[str]]:
+    """Target key to source key within modules that hold the same keys and shapes on both sides, and nowhere else."""
+    left, right = _modules(outcome.source), _modules(outcome.target)
+    result: dict[str, tuple[str]] = {}
+    for content, paths in right.items():
+        others = left.get(content, [])
+        if len(content) >= PART and len(paths) == len(others) == 1:
+            for rest, _ in content:
+                result[paths[0] + rest] = (others[0] + rest,)
+    return result
+
+
+def _modules(spec: StateSpec) -> dict[frozenset[tuple[str, tuple[int, ...]]], list[str]]:
+    """Every module by what it holds: relative keys with shapes, to the paths (with the separator) at which it stands."""
+    if len(spec) > LARGEST:
+        return {}
+    content: dict[str, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+    for tensor in spec:
+        key = tensor.key
+        content[""].append((key, tensor.shape))
+        for i, character in enumerate(key):
+            if character in "./":
+                content[key[: i + 1]].append((key[i + 1 :], tensor.shape))
+    found: dict[frozenset[tuple[str, tuple[int, ...]]], list[str]] = defaultdict(list)
+    for path, entries in content.items():
+        found[frozenset(entries)].append(path)
+    return found
 
 
 def _only_prefixes(outcome: Outcome) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,16 @@ def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
     skipped = set(without)
     entries = [tensor for tensor in spec if tensor.key not in skipped]
     ending = _common_ending([tensor.key for tensor in entries])
-    return [Item(t.key[: len(t.key) - len(ending)], t.shape, t.kind, t.owner, (t.key,)) for t in entries]
+    return [Item(_plain(t.key[: len(t.key) - len(ending)]), t.shape, t.kind, t.owner, (t.key,)) for t in entries]
+
+
+# What torch.nn.utils.parametrizations stores, under the names of the older torch.nn.utils functions.
+_PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.(original[01]?)$")
+_OLDER = {"original0": "_g", "original1": "_v", "original": "_orig"}
+
+
+def _plain(key: str) -> str:
+    return _PARAMETRIZED.sub(lambda found: f".{found[1]}{_OLDER[found[2]]}", key) if "parametrizations" in key else key
 
 
 def shared_ending(keys: Sequence[str]) -> int:

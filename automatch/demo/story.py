@@ -155,7 +155,7 @@ def _refuse(path: Path, say: Callable[[str], None], working: Callable[[str], Abs
 
 def _conclude(result: DemoResult, say: Callable[[str], None]) -> None:
     verdict = "equal to the last digit" if result.after == result.before else "NOT equal"
-    say(f"Dice before the refactoring {result.before!r}, after it {result.after!r}: {verdict}.")
+    say(f"Dice before the refactoring {result.before!r}, after it {result.after!r}:\n{verdict}.")
     say(f"The other architecture was {'refused' if result.refused else 'NOT refused'}.")
     say(f"Report: {result.html}. To look yourself:\n")
     say(f"  automatch inspect {result.checkpoint}")

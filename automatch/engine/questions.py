@@ -85,8 +85,7 @@ def _copies(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
         if len(pairs) < 4:
             continue
         sides = ({t: x for t, (x, _) in pairs.items()}, {t: y for t, (_, y) in pairs.items()})
-        votes = sum(current[t].sources == x.sources for t, (x, _) in pairs.items())
-        leads = votes * 2 > len(pairs) or (votes * 2 == len(pairs) and _earliest(sides[0], first) < _earliest(sides[1], first))
+        leads = _earliest(sides[0], first) < _earliest(sides[1], first)  # nothing but the order in the file speaks for either
         one, two, names = (sides[0], sides[1], (a, b)) if leads else (sides[1], sides[0], (b, a))
         text = f"The checkpoint holds {names[0]!r} and {names[1]!r}, alike in names and shapes: which one does the model take?"
         result.append(_Open(text, names, two, 0.5, own=one))

@@ -41,9 +41,9 @@ def rotary_question(
     rows = [m for m in matches if _is_query_or_key(m, target)]
     if not rows:
         return list(matches), None, None
-    doubtful = {m.target for m in rows}
-    changed = [_unsure(m) if m.target in doubtful else m for m in matches]
     sizes = _head_sizes(source, [target[m.target].shape[0] for m in rows])
+    doubtful = {m.target for m in rows}
+    changed = [_unsure(_with(m, _reorder(target[m.target].shape[0], sizes[0], a))) if m.target in doubtful else m for m in matches]
     options = [
         Option(f"reorder, head size {size}", tuple(_with(m, _reorder(target[m.target].shape[0], size, a)) for m in rows), 0.9 / len(sizes))
         for size in sizes

@@ -296,7 +296,8 @@ def context(target: Groups, source: Groups, soft: Soft, t: np.ndarray, s: np.nda
     if target.dense is not None and source.dense is not None and isinstance(soft, np.ndarray):
         both = target.dense.T @ soft @ source.dense
     else:
-        both = (target.incidence.T @ soft @ source.incidence).toarray()
+        both = target.incidence.T @ soft @ source.incidence
+        both = both if isinstance(both, np.ndarray) else both.toarray()
     jaccard = both / np.maximum(target.size[:, None] + source.size[None, :] - both, 1e-9)
     if compete:
         best = np.maximum(jaccard.max(1, keepdims=True), jaccard.max(0, keepdims=True))

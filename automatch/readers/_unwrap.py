@@ -152,7 +152,7 @@ def _collect(children: Mapping[Any, Any], path: tuple[str, ...], node: type[Node
 
 def _only_moments(children: Mapping[Any, Any], node: type[Node]) -> bool:
     tensors = [str(key).rpartition(".")[2] for key, child in children.items() if node.tensor(child) is not None]
-    return len(tensors) > 0 and sum(name in _MOMENTS for name in tensors) * 2 > len(tensors)
+    return len(tensors) > 0 and sum(name in _MOMENTS for name in tensors) > 0.9 * len(tensors)
 
 
 def _joined(found: _Found) -> Iterable[State]:

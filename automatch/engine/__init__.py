@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from automatch.engine.confidence import judge
 from automatch.engine.layout import layout
@@ -14,9 +14,12 @@ from automatch.engine.solve import Weights
 from automatch.engine.tables import current
 from automatch.engine.verdict import shift_warnings, verdict_of
 from automatch.errors import MappingError
+from automatch.keys import template_of
 from automatch.mapping import CONFIDENT, Match, Question, Verdict
 from automatch.specs import StateSpec
 from automatch.transforms import Concat, Copy, Transform
+
+LIKE_A_PIN = 0.97  # a person decided the same template elsewhere
 
 Pins = Mapping[str, str | Sequence[str] | None]
 
@@ -46,13 +49,22 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     pinned = [_pinned(source, target, key, value) for key, value in pins.items()]
     used = {key for match in pinned if match is not None for key in match.sources}
     tables = current()
+    agreed = {template_of(m.target): template_of(m.sources[0]) for m in pinned if m is not None and len(m.sources) == 1}
     outcome = run_stages(
-        source, target, tables.lexicon, Weights(), without_sources=sorted(used), without_targets=sorted(pins), exhaustive=exhaustive
+        source,
+        target,
+        tables.lexicon,
+        Weights(),
+        without_sources=sorted(used),
+        without_targets=sorted(pins),
+        agreed=agreed,
+        exhaustive=exhaustive,
     )
     judged = judge(outcome, tables.confidence)
     questions = find_questions(outcome, judged)
     taken = {match.target: match for question in questions for match in question.options[0].matches}
-    proposed = [taken.get(match.target, match) for match in judged.matches]
+    proposed = [_confirmed(taken.get(match.target, match), agreed) for match in judged.matches]
+    questions = tuple(q for q in questions if not any(template_of(key) in agreed for key in q.keys))
     proposed, rotary, warning = rotary_question(source, target, proposed, len(questions) + 1)
     matches = (*(match for match in pinned if match is not None), *proposed)
     if rotary is not None:
@@ -65,6 +77,12 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     if verdict.kind == "different":
         matches, questions = tuple(m for m in matches if m.decided or m.confidence >= CONFIDENT), ()
     return EngineResult(matches, questions, tuple(warnings), verdict)
+
+
+def _confirmed(match: Match, agreed: Mapping[str, str]) -> Match:
+    """A match of which a pin has decided the template is as good as decided."""
+    follows = len(match.sources) == 1 and agreed.get(template_of(match.target)) == template_of(match.sources[0])
+    return replace(match, confidence=max(match.confidence, LIKE_A_PIN)) if follows else match
 
 
 def _pinned(source: StateSpec, target: StateSpec, key: str, value: str | Sequence[str] | None) -> Match | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
+from automatch.engine.twins import exchangeable
 from automatch.mapping import Alternative, Evidence, Match
 from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
@@ -40,10 +42,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     kept, rows = pair_features(outcome)
     values = np.clip(model.probability(rows), 0.001, 0.999) if kept else np.zeros(0)
     if kept:
-        exchangeable = np.minimum(rows[:, NAMES.index("spare_t")], rows[:, NAMES.index("spare_s")]) <= SPARE_LEAD
-        values = np.where(exchangeable, np.minimum(values, SPARE_CAP), values)
-        backwards = (rows[:, NAMES.index("upward")] > 0) & (rows[:, NAMES.index("list_name")] == 0) & (rows[:, NAMES.index("twins")] > 0.4)
-        values = np.where(backwards, np.minimum(values, UPWARD_CAP), values)
+        values = _capped(outcome, kept, rows, values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
     identical = _identical_parts(outcome)
     runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
@@ -108,6 +107,17 @@ def _only_prefixes(outcome: Outcome) -> bool:
             return False
     whole = {fed.target for fed in outcome.fed} == set(outcome.target.keys)
     return whole and all(not part or part.endswith((".", "/")) for change in changes for part in change)
+
+
+def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
+    column = {name: rows[:, i] for i, name in enumerate(NAMES)}
+    spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
+    backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
+    twins = exchangeable(outcome)
+    alike = np.array([j in twins for j in kept])
+    values = np.where(spare | alike, np.minimum(values, SPARE_CAP), values)
+    return np.where(backwards, np.minimum(values, UPWARD_CAP), values)
 
 
 def _is_unsure(fed: Fed) -> bool:

@@ -13,8 +13,11 @@ from automatch.engine.parts import with_virtual_items
 from automatch.engine.reduction import Reduction, expand, reduce_repeats
 from automatch.engine.sides import Side
 from automatch.engine.solve import Solution, Weights, assign, solve
+from automatch.keys import template_of
 from automatch.specs import StateSpec, TensorSpec
 from automatch.transforms import Copy
+
+PINNED = 10.0  # of the score, out of about 25
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class Outcome:
         decided_by: target item to (source item, kept target position that decided it).
         fed: what feeds each real target key.
         tied: keys of `fed` that repeat another key's source.
+        agreed: target to source templates that pins have decided.
     """
 
     source: StateSpec
@@ -46,6 +50,7 @@ class Outcome:
     decided_by: dict[int, tuple[int, int]]
     fed: list[Fed]
     tied: dict[str, str]
+    agreed: Mapping[str, str]
 
 
 def run_stages(
@@ -56,15 +61,18 @@ def run_stages(
     *,
     without_sources: Sequence[str] = (),
     without_targets: Sequence[str] = (),
+    agreed: Mapping[str, str] | None = None,
     exhaustive: bool = False,
 ) -> Outcome:
-    """Match two specs, leaving out keys that are decided already."""
+    """Match two specs, leaving out keys that are decided already; what they decided (`agreed` templates) holds for their like."""
     aliases = [t.key for t in target if t.alias_of is not None and t.alias_of in target]
     source_items, target_items = with_virtual_items(items_of(source, without_sources), items_of(target, [*without_targets, *aliases]))
     reduction = reduce_repeats(source_items, target_items, exhaustive=exhaustive)
     left = Side([source_items[i] for i in reduction.source_kept])
     right = Side([target_items[j] for j in reduction.target_kept])
     solution = solve(left, right, lexicon, weights)
+    if agreed:
+        _follow(agreed, solution, left, right)
     chosen = assign(solution, right.n, left.n, weights.none)
     index = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(solution.t, solution.s, strict=True))}
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}
@@ -73,9 +81,20 @@ def run_stages(
     pairs = {j: i for j, (i, _) in decided_by.items()}
     transposed = square_votes(source_items, target_items, pairs)
     fed = assemble(source_items, target_items, pairs, transposed)
-    outcome = Outcome(source, target, source_items, target_items, reduction, (left, right), solution, weights, pair_of, decided_by, fed, {})
+    outcome = Outcome(
+        source, target, source_items, target_items, reduction, (left, right), solution, weights, pair_of, decided_by, fed, {}, agreed or {}
+    )
     _follow_ties(outcome, set(without_targets))
     return outcome
+
+
+def _follow(agreed: Mapping[str, str], solution: Solution, left: Side, right: Side) -> None:
+    """Lift the pairs that agree with a pinned pair of their template above all others of their target."""
+    wanted = [agreed.get(template_of(key)) for key in right.keys]
+    templates = [template_of(key) for key in left.keys]
+    for k, (t, s) in enumerate(zip(solution.t.tolist(), solution.s.tolist(), strict=True)):
+        if wanted[t] is not None:
+            solution.score[k] += PINNED if wanted[t] == templates[s] else -PINNED
 
 
 # ---- square matrices ------------------------------------------------------------------------------------------

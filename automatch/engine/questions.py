@@ -169,6 +169,8 @@ def _scores(outcome: Outcome) -> Mapping[tuple[str, str], float]:
 
 def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, str], float]) -> dict[str, Match]:
     """The matches after exchanging the sources of two kinds member by member, if the scores hardly fall."""
+    if any(x.sources == y.sources for x, y in zip(a, b, strict=True)):
+        return {}  # tied: exchanging changes nothing
     loss, count = 0.0, 0
     result: dict[str, Match] = {}
     for x, y in zip(a, b, strict=True):

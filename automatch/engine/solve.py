@@ -46,7 +46,7 @@ class Weights:
     consensus: float = 2.0
     neighbour: float = 1.0
     beside: float = 1.5
-    none: float = 4.1
+    none: float = 3.0
     betas: tuple[float, ...] = (0.5, 0.7, 0.9, 1.1, 1.4, 1.7, 2.0, 2.5)
 
 

@@ -104,7 +104,7 @@ def _matched(parsed: ParsedError, missing: Sequence[str], unexpected: Sequence[s
     if not missing or not unexpected or parsed.missing_cut or parsed.unexpected_cut or max(len(missing), len(unexpected)) > _LIMIT:
         return {}
     source, target = (StateSpec(tuple(TensorSpec(key, ()) for key in keys)) for keys in (unexpected, missing))
-    matches = propose_mapping(target, source).confident().matches
+    matches = propose_mapping(target, source).confident(0.8).matches
     found = {match.target: match.sources[0] for match in matches if len(match.sources) == 1 and isinstance(match.transform, Copy)}
     return found if 2 * len(found) > min(len(missing), len(unexpected)) else {}
 

@@ -9,7 +9,7 @@ from automatch.apply import open_source
 from automatch.conversion import Conversion, Progress
 from automatch.convert.content import Content
 from automatch.convert.live_file import write_live
-from automatch.convert.output import check_output, check_space, staged
+from automatch.convert.output import check_output, check_space, forget_cached, staged
 from automatch.convert.plan import Planned, plan_conversion
 from automatch.convert.safetensors_file import write_folder, write_safetensors
 from automatch.convert.torch_file import write_torch
@@ -90,6 +90,7 @@ def _write(
 def _verify(path: Path, wrapper: tuple[str, ...], plan: tuple[Planned, ...], content: Content) -> None:
     """Open what was written, as anybody would, and compare every tensor with its source."""
     with as_open_checkpoint(open_checkpoint(path, wrapper=wrapper)) as written:
+        forget_cached(written.files)
         if set(written.spec.keys) != {item.key for item in plan}:
             raise CheckpointError(f"{path.name!r} reads back with other keys than were written; the disk or its memory is failing")
         for item in plan:

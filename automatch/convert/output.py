@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,8 @@ class Output:
         return done == count
 
     def sync(self) -> None:
-        """Bring everything to the disk, and let later reads come from there."""
+        """Bring everything to the disk."""
         os.fsync(self._fd)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
@@ -182,6 +180,13 @@ def writing(path: Path) -> Generator[Output]:
         output.sync()
     finally:
         output.close()
+
+
+def forget_cached(files: Iterable[SourceFile]) -> None:
+    """Let the next reads of files come from the disk, as far as the system allows it."""
+    for file in files:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:

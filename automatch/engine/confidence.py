@@ -14,7 +14,7 @@ from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
-from automatch.engine.twins import exchangeable
+from automatch.engine.twins import exchangeable, torn
 from automatch.mapping import Alternative, Evidence, Match
 from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
@@ -24,6 +24,7 @@ TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 RUNNERS_UP = 3
 IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
 CERTAIN = 0.999  # every key under its own name, one prefix aside
+TORN_CAP = 0.8  # one module fed from two
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
@@ -116,6 +117,8 @@ def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.
     backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
     twins = exchangeable(outcome)
     alike = np.array([j in twins for j in kept])
+    apart = torn(outcome)
+    values = np.where([j in apart for j in kept], np.minimum(values, TORN_CAP), values)
     values = np.where(spare | alike, np.minimum(values, SPARE_CAP), values)
     return np.where(backwards, np.minimum(values, UPWARD_CAP), values)
 

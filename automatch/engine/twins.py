@@ -1,4 +1,4 @@
-"""Pairs that could be exchanged within their block without any name or shape objecting."""
+"""Pairs that could be exchanged within their block without any name or shape objecting, and modules torn apart."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from automatch.keys import template_of
 
 LEAD = 0.3  # of the score, out of about 25
 CROWD = 12  # entries of one shape in one block, beyond which combinations are not tried
+
+
+def torn(outcome: Outcome) -> set[int]:
+    """Kept target positions of pairs whose module takes its weight from one module of the checkpoint and its bias from another."""
+    left, right = outcome.sides
+    solution = outcome.solution
+    homes: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for position, k in outcome.pair_of.items():
+        t, s = int(solution.t[k]), int(solution.s[k])
+        plain = all(len(item.reals) == 1 and item.slot is None and item.key == item.reals[0] for item in (right.items[t], left.items[s]))
+        if plain and len(right.paths[t]) > 1 and len(left.paths[s]) > 1:
+            homes[right.paths[t][-1]][left.paths[s][-1]].append(position)
+    return {position for sources in homes.values() if len(sources) > 1 for positions in sources.values() for position in positions}
 
 
 def exchangeable(outcome: Outcome) -> set[int]:

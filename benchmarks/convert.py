@@ -46,7 +46,7 @@ def mapping_of(path: Path, turn: bool):
     source = open_checkpoint(path).spec
     matches, target = [], []
     for number, tensor in enumerate(source):
-        turned = turn and number % 2 == 1
+        turned = turn and len(tensor.shape) == 2 and (number % 2 == 1 or tensor.key == "embed.weight")
         matches.append(Match(f"model.{tensor.key}", (tensor.key,), Permute((1, 0)) if turned else Copy(), confidence=1.0))
         target.append(TensorSpec(f"model.{tensor.key}", tensor.shape[::-1] if turned else tensor.shape, tensor.dtype))
     return KeyMapping(Side.of(source), Side.of(StateSpec(tuple(target), "model")), tuple(matches))

@@ -56,7 +56,6 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pa
         "global_step": epochs * 6,
         "pytorch-lightning_version": "2.5.0",
         "state_dict": model.state_dict(),
-        "loops": {},
         "callbacks": {},
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [],

@@ -162,7 +162,6 @@ def test_conventional_names_of_a_gated_mlp_are_known():
     )
 
 
-@pytest.mark.xfail(strict=False, reason="the engine is sure of one of the two")
 def test_equals_that_nothing_tells_apart_become_a_question():
     model = gated_model(("zeta", "omega", "out"))
     mapping = propose_mapping(model, shuffled_gates(gated_model(("foo", "bar", "baz"))))
@@ -192,7 +191,6 @@ def test_two_identical_encoders_are_told_apart_by_name():
     expect(propose_mapping(model, ckpt), pairs_of(own, ckpt))
 
 
-@pytest.mark.xfail(strict=False, reason="nothing is claimed, but nothing is asked either")
 def test_one_of_two_identical_encoders_is_asked_for():
     model = ConvNet()
     mapping = propose_mapping(model, TwoTowers(("left", "right")).state_dict())

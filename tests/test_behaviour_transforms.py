@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 
-import pytest
 import torch
 from behaviour import Block, Experts, Transformer, expect, fused_model, renamed
 from torch import nn
@@ -38,7 +37,6 @@ def test_fused_q_k_v_is_split():
             assert mapping[part].transform == Slice(0, 16 * i, 16)
 
 
-@pytest.mark.xfail(strict=False, reason="right, but not sure enough")
 def test_in_proj_of_multihead_attention_is_fused():
     model = Transformer(block=lambda dim: Block(dim, attention=nn.MultiheadAttention(dim, 4)))  # type: ignore[arg-type]
     mapping = propose_mapping(model, Transformer().state_dict())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from automatch.engine.confidence import judge
+from automatch.engine.identity import same_but_for_prefix
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import run_stages
 from automatch.engine.questions import find_questions
@@ -48,6 +49,10 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     """
     pinned = [_pinned(source, target, key, value) for key, value in pins.items()]
     used = {key for match in pinned if match is not None for key in match.sources}
+    plain = None if pins else same_but_for_prefix(source, target)
+    if plain is not None:
+        matches, rotary, warning = rotary_question(source, target, plain, 1)
+        return EngineResult(tuple(matches), (rotary,) if rotary else (), (warning,) if warning else (), verdict_of(source, target, matches))
     tables = current()
     agreed = {template_of(m.target): template_of(m.sources[0]) for m in pinned if m is not None and len(m.sources) == 1}
     outcome = run_stages(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from automatch.apply import convert
 from automatch.conversion import Progress
-from automatch.convert.output import Output, chunks_of
+from automatch.convert.output import CHUNK, Output, chunks_of
 from automatch.convert.plan import Planned
 from automatch.errors import CheckpointError
 from automatch.mapping import KeyMapping
@@ -33,13 +34,18 @@ class Content:
     def write(self, item: Planned, output: Output, *, checksum: bool = False) -> int:
         """Append a tensor to ``output``; its CRC-32 where it is asked for, else 0."""
         if item.regions is None:
-            data = self._bytes(item)
-            output.write(data)
-            self.tick(item.nbytes)
-            return zlib.crc32(data) if checksum else 0
+            return self._write_decoded(item, output, checksum)
         crc = 0
         for region in item.regions:
             crc = output.move(region, self.tick, checksum=checksum) if len(item.regions) == 1 else self._append(region, output, crc)
+        return crc
+
+    def _write_decoded(self, item: Planned, output: Output, checksum: bool) -> int:
+        crc = 0
+        for block in self._blocks(item):
+            output.write(block)
+            crc = zlib.crc32(block, crc) if checksum else 0
+            self.tick(len(block))
         return crc
 
     def _append(self, region: Region, output: Output, crc: int) -> int:
@@ -56,11 +62,11 @@ class Content:
             CheckpointError: they differ.
         """
         if written is None:
-            if not np.array_equal(self._bytes(item), _bytes_of(output.tensor(item.key))):
+            if not np.array_equal(np.concatenate([*self._blocks(item)]), _bytes_of(output.tensor(item.key))):
                 raise CheckpointError(f"{item.key!r} reads back other than it was written; the disk or its memory is failing")
             self.tick(item.nbytes)
             return
-        expected = chunks_of(item.regions) if item.regions is not None else iter([self._bytes(item)])
+        expected = chunks_of(item.regions) if item.regions is not None else self._blocks(item)
         offset = written.offset
         for chunk in expected:
             for start in range(0, len(chunk), 1 << 24):
@@ -72,12 +78,14 @@ class Content:
         if offset != written.offset + written.nbytes:
             raise CheckpointError(f"{item.key!r} reads back with {written.nbytes} bytes, not {offset - written.offset}")
 
-    def _bytes(self, item: Planned) -> Any:
-        """The bytes of a tensor that has to be decoded."""
+    def _blocks(self, item: Planned) -> Iterator[Any]:
+        """The bytes of a tensor that has to be decoded; one that is not contiguous is laid out block by block, to save memory."""
         ((_, tensor),) = convert([item.match], self._source, self._target)
         if str(tensor.dtype) != f"torch.{item.dtype}" or tensor.is_meta:
             raise CheckpointError(f"{item.key!r} is {tensor.dtype} on {tensor.device}, its header says {item.dtype}; it cannot be written")
-        return _bytes_of(tensor)
+        rows = max(1, CHUNK * len(tensor) // max(item.nbytes, 1)) if tensor.ndim and not tensor.is_contiguous() else 0
+        for block in tensor.split(rows) if rows else (tensor,):
+            yield _bytes_of(block)
 
 
 def _bytes_of(tensor: Any) -> Any:

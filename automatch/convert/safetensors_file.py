@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from automatch.convert.content import Content
 from automatch.convert.output import writing
 from automatch.convert.plan import Planned
 from automatch.errors import CheckpointError
+from automatch.readers._base import Region
 from automatch.readers._dtypes import ITEM_BYTES, TO_SAFETENSORS
+
+_PAGE = 4096
 
 
 def write_safetensors(path: Path, plan: Sequence[Planned], metadata: Mapping[str, str], content: Content) -> None:
@@ -19,11 +22,14 @@ def write_safetensors(path: Path, plan: Sequence[Planned], metadata: Mapping[str
     Raises:
         CheckpointError: a dtype does not exist in safetensors.
     """
-    ordered = _ordered(plan)
+    laid_out = _laid_out(plan)
     with writing(path) as output:
-        output.write(_header(ordered, metadata))
-        for item in ordered:
-            content.write(item, output)
+        output.write(_header(plan, laid_out, metadata))
+        for part in _runs(laid_out):
+            if isinstance(part, Region):
+                output.move(part, content.tick)
+            else:
+                content.write(part, output)
 
 
 def write_folder(path: Path, plan: Sequence[Planned], metadata: Mapping[str, str], content: Content, limit: int) -> None:
@@ -54,22 +60,59 @@ def _split(plan: Iterable[Planned], limit: int) -> list[list[Planned]]:
     return shards
 
 
-def _ordered(plan: Iterable[Planned]) -> list[Planned]:
-    # Wide elements first, as the format's own writer does, so that every tensor is aligned to its element.
-    return sorted(plan, key=lambda item: -ITEM_BYTES[item.dtype])
+def _laid_out(plan: Iterable[Planned]) -> list[Planned]:
+    """The order of the tensors' bytes: wide elements first, as the format's own writer has it, so that every tensor is
+    aligned to its element; among those as they lie in the source, so that neighbours move together.
+    """
+
+    def place(item: Planned) -> tuple[int, bool, str, int]:
+        first = item.regions[0] if item.regions else None
+        return -ITEM_BYTES[item.dtype], first is None, str(first.file.path) if first else "", first.offset if first else 0
+
+    return sorted(plan, key=place)
 
 
-def _header(plan: Iterable[Planned], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+def _runs(plan: Iterable[Planned]) -> Iterator[Region | Planned]:
+    """What is written one after the other: runs of bytes that are moved, and tensors that are decoded."""
+    run: Region | None = None
+    for item in plan:
+        for region in item.regions or ():
+            if run is not None and run.file is region.file and run.offset + run.nbytes == region.offset:
+                run = Region(run.file, run.offset, run.nbytes + region.nbytes)
+            else:
+                if run is not None:
+                    yield run
+                run = region
+        if item.regions is None:
+            if run is not None:
+                yield run
+            run = None
+            yield item
+    if run is not None:
+        yield run
+
+
+def _header(plan: Iterable[Planned], laid_out: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    offsets: dict[str, int] = {}
     at = 0
+    for item in laid_out:
+        offsets[item.key] = at
+        at += item.nbytes
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     for item in plan:
         if item.dtype not in TO_SAFETENSORS:
             raise CheckpointError(f"{item.key!r} is {item.dtype}, which safetensors has not; write a .pt file instead")
         shape = list(item.shape)
         if item.dtype == "float4_e2m1fn_x2" and shape:
             shape[-1] *= 2
-        header[item.key] = {"dtype": TO_SAFETENSORS[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
-        at += item.nbytes
+        start = offsets[item.key]
+        header[item.key] = {"dtype": TO_SAFETENSORS[item.dtype], "shape": shape, "data_offsets": [start, start + item.nbytes]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * _padding(8 + len(text), laid_out)
     return len(text).to_bytes(8, "little") + text
+
+
+def _padding(length: int, laid_out: Sequence[Planned]) -> int:
+    """Spaces that bring the data to where it lies within a page in the source: the kernel then moves whole pages."""
+    first = laid_out[0].regions if laid_out else None
+    return (first[0].offset - length) % _PAGE if first and first[0].offset % 8 == 0 else -length % 8

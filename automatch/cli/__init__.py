@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from automatch.cli.console import is_main_rank
 from automatch.errors import AutomatchError, LoadError
 
 OK, REFUSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -26,9 +30,11 @@ COMMANDS = {
     "inspect": "automatch.cli.inspect:inspect",
     "demo": "automatch.cli.demo:demo",
 }
+TOGETHER = {"convert-distributed"}  # every rank of torchrun takes part; all other commands are rank 0's
 
 EPILOG = """Exit codes: 0 all is well; 1 refused, or something is left for a person to decide; 2 wrong usage or bad
-input; 130 interrupted. Reports go to stdout; progress and warnings go to stderr."""
+input; 130 interrupted. Reports go to stdout; progress and warnings go to stderr. Under torchrun, rank 0
+alone speaks and writes; convert-distributed shares the work among all ranks."""
 
 
 class _Refusal(click.ClickException):
@@ -45,6 +51,25 @@ class _BadInput(click.ClickException):
 
 class LazyGroup(click.Group):
     """A group whose commands live in `COMMANDS`."""
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
+        if is_main_rank():
+            return super().main(args, *others, **settings)
+        return self._follow(sys.argv[1:] if args is None else list(args))
+
+    def _follow(self, args: list[str]) -> NoReturn:
+        """What ranks other than 0 do: their share of the work, if there is one, and that silently."""
+        if next((arg for arg in args if not arg.startswith("-")), None) not in TOGETHER:
+            sys.exit(OK)
+        try:
+            with redirect_stdout(None):
+                sys.exit(super().main(args, standalone_mode=False))
+        except click.ClickException as error:
+            if isinstance(error, _Refusal):  # a command raises it here only where rank 0 is lost and cannot say it
+                error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

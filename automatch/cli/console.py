@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the one that speaks (rank 0, or no torchrun at all)."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that speaks and writes: rank 0 of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def say(text: str = "") -> None:

@@ -78,7 +78,7 @@ def command(
         try:
             done = convert(ckpt, output, kept, to=to, max_shard_bytes=max_shard_size, timeout=timeout, trust=trust, progress=progress)
         except AutomatchError as error:
-            if console.is_main_rank() or (isinstance(error, RankLostError) and "rank 0" in str(error)):
+            if console.is_main_rank() or (isinstance(error, RankLostError) and re.search(r"rank 0\b|has died", str(error))):
                 raise
             ctx.exit(REFUSED if isinstance(error, LoadError) else BAD_INPUT)  # rank 0 says it for all
     if as_json:

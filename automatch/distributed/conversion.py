@@ -19,7 +19,7 @@ from automatch.distributed.shard_files import ShardFiles
 from automatch.distributed.shards import Format, Output, Plan, assign, placeholder, plan_conversion, renamed, stored_objects
 from automatch.distributed.source import dcp_load, read_objects, spec_of_metadata
 from automatch.distributed.storage import Reader, identity, open_reader
-from automatch.errors import MappingError
+from automatch.errors import CheckpointError, MappingError
 from automatch.mapping import KeyMapping, Match, Side
 
 SHARD_BYTES = 2 * 10**9
@@ -89,7 +89,7 @@ def convert(
         progress: called on rank 0 with (bytes done on all ranks, bytes in all).
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the output cannot be written.
+        CheckpointError: the checkpoint cannot be read or has changed meanwhile, or the output cannot be written.
         MappingError: the mapping was made for another checkpoint.
         LoadError: a rank failed or was lost; complete shards are kept for the next call.
     """
@@ -103,7 +103,7 @@ def convert(
         order: _Order = crew.together("receiving the plan", lambda: crew.broadcast(proposed))
         reader = crew.together("opening the checkpoint", lambda: _opened(order, source, trust))
         whole = crew.together("converting", lambda: _write_share(crew, order, reader, files, progress, trust))
-        crew.together("finishing", lambda: files.finish(order.plan) if crew.leads else None)
+        crew.together("finishing", lambda: _finish(source, order.plan, files) if crew.leads else None)
     outputs = [output for shard in order.plan.shards for output in shard if output.shape is not None]
     total = sum(output.nbytes for output in outputs)
     return ConversionReport(files.out, len(outputs), total, len(order.plan.shards), len(order.done), order.plan.left_out, tuple(whole))
@@ -123,7 +123,7 @@ def _plan(source: Path, files: ShardFiles, given: KeyMapping | None, limit: int,
     lean = tuple(Match(match.target, match.sources, match.transform) for match in mapping.matches)
     mapping = KeyMapping(replace(mapping.source, spec=None), replace(mapping.target, spec=None), lean)
     found = identity(source)
-    plan = plan_conversion(mapping, metadata, files.format, limit, found)
+    plan = plan_conversion(mapping, metadata, files.format, limit, identity(source, times=True))
     return _Order(mapping, plan, metadata, found, files.begin(plan))
 
 
@@ -158,6 +158,12 @@ def _write_share(crew: Crew, order: _Order, reader: Reader, files: ShardFiles, p
         if progress is not None and crew.leads:
             progress(kept + done, total)
     return whole
+
+
+def _finish(source: Path, plan: Plan, files: ShardFiles) -> None:
+    if identity(source, times=True) != plan.checkpoint:
+        raise CheckpointError(f"{str(source)!r} was written to while it was converted; remove {str(files.work)!r} and convert it again")
+    files.finish(plan)
 
 
 def _fed(outputs: tuple[Output, ...], by_target: Mapping[str, Any]) -> list[Output]:

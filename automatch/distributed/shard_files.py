@@ -67,18 +67,25 @@ class ShardFiles:
         """
         note = self._records / _PLAN
         if self.work.exists():
-            known = _read_json(note)
-            if known is None or known.get("plan") != plan.digest:
-                raise CheckpointError(f"{str(self.work)!r} holds an unfinished conversion of something else; finish that one or remove it")
+            self._refuse_other(_read_json(note) or {}, plan)
         else:
             self._records.mkdir(parents=True)
-            write_atomically(note, json.dumps({"plan": plan.digest}).encode())
+            write_atomically(note, json.dumps({"plan": plan.digest, "checkpoint": plan.checkpoint}).encode())
         done = frozenset(shard for shard in range(len(plan.shards)) if self._is_done(shard, plan))
         kept = {self._name(shard, plan) for shard in done}
         for file in self.work.iterdir():
             if file.is_file() and file.name not in kept:
                 file.unlink()
         return done
+
+    def _refuse_other(self, known: dict[str, Any], plan: Plan) -> None:
+        what = "something that is not recorded" if "plan" not in known else None
+        if what is None and known.get("checkpoint") != plan.checkpoint:
+            what = "another checkpoint, or of this one before it was written again"
+        elif what is None and known["plan"] != plan.digest:
+            what = "this checkpoint with another mapping, format or size of shards"
+        if what is not None:
+            raise CheckpointError(f"{str(self.work)!r} holds an unfinished conversion of {what}; finish that one or remove the directory")
 
     def write(self, plan: Plan, shard: int, state: Mapping[str, Any]) -> None:
         """Write one shard, bring it to the disk, and record it."""

@@ -52,7 +52,8 @@ class Plan:
         entries: what feeds each entry.
         renamed_lists: for the flat key of a list of parameters, the list under the new keys is to be written.
         left_out: the checkpoint's entries that the output format cannot hold, or that the mapping does not use.
-        digest: by which an unfinished conversion is known again.
+        digest: of what is written and how, by which an unfinished conversion is known again.
+        checkpoint: of what is read, and of when that was written.
     """
 
     shards: tuple[tuple[Output, ...], ...]
@@ -60,13 +61,14 @@ class Plan:
     renamed_lists: frozenset[str]
     left_out: tuple[str, ...]
     digest: str
+    checkpoint: str
 
     def nbytes(self, shard: int) -> int:
         """Bytes of a shard's tensors."""
         return sum(output.nbytes for output in self.shards[shard])
 
 
-def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_shard_bytes: int, identity: str) -> Plan:
+def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_shard_bytes: int, checkpoint: str) -> Plan:
     """Lay out a conversion.
 
     Args:
@@ -74,7 +76,7 @@ def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_sha
         metadata: what the checkpoint holds.
         to: the output format.
         max_shard_bytes: the largest shard, in bytes; a larger tensor has a shard to itself.
-        identity: which checkpoint it is.
+        checkpoint: a digest of it, and of when it was written.
 
     Raises:
         MappingError: the mapping's keys are not in the checkpoint, or do not fit.
@@ -89,9 +91,9 @@ def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_sha
     outputs += [Output(key, targets[key]) for key in sorted(lists)]
     used = {source for entry in entries.fed for source in entry.sources} | lists
     left_out = tuple(key for key in metadata.state_dict_metadata if key not in used)
-    text = json.dumps([identity, to, max_shard_bytes, [[e.target, e.sources, repr(e.transform)] for e in entries.fed]])
+    text = json.dumps([to, max_shard_bytes, [[e.target, e.sources, repr(e.transform)] for e in entries.fed]])
     digest = "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Plan(tuple(_packed(outputs, max_shard_bytes)), entries, frozenset(lists), left_out, digest)
+    return Plan(tuple(_packed(outputs, max_shard_bytes)), entries, frozenset(lists), left_out, digest, checkpoint)
 
 
 def assign(sizes: Mapping[int, int], ranks: int) -> list[list[int]]:

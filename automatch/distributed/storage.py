@@ -237,8 +237,13 @@ def folder_files(root: Path) -> list[Path]:
     return [root / name for name in names]
 
 
-def identity(path: str | os.PathLike[str]) -> str:
-    """A digest by which ranks see that they look at the same checkpoint: its index or metadata, and its files' sizes."""
+def identity(path: str | os.PathLike[str], *, times: bool = False) -> str:
+    """A digest by which ranks see that they look at the same checkpoint: its index or metadata, and its files' sizes.
+
+    Args:
+        path: the checkpoint.
+        times: also by when its files were written, so that one which was saved again is another one.
+    """
     root = Path(path)
     digest = hashlib.sha256()
     for name in (".metadata", INDEX):
@@ -246,7 +251,9 @@ def identity(path: str | os.PathLike[str]) -> str:
             digest.update((root / name).read_bytes())
     files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix in (".safetensors", ".distcp"))
     for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        info = file.stat()
+        written = info.st_mtime_ns if times else ""
+        digest.update(f"{file.name}\0{info.st_size}\0{written}\n".encode("utf-8", "surrogateescape"))
     return "sha256:" + digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from automatch.cli import main
 from automatch.cli.convert_distributed import size
 from automatch.distributed import convert, load
 from automatch.distributed.shards import assign
-from automatch.errors import CheckpointError, MappingError
+from automatch.errors import CheckpointError, LoadError, MappingError
 from automatch.mapping import Match
 from automatch.transforms import apply_transform
 
@@ -184,12 +185,57 @@ def test_what_exists_is_not_overwritten(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="out' exists; name a new directory"):
         convert(trained, tmp_path / "out")
     (tmp_path / "other.incomplete").mkdir()
-    with pytest.raises(CheckpointError, match="unfinished conversion of something else"):
+    with pytest.raises(CheckpointError, match="unfinished conversion of something that is not recorded"):
         convert(trained, tmp_path / "other")
     with pytest.raises(CheckpointError, match="is not a directory; create it first"):
         convert(trained, tmp_path / "nowhere" / "out")
     with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
         convert(trained, tmp_path / "zero", max_shard_bytes=0)
+
+
+def stopped(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A conversion to a folder that ended after two files."""
+    write, count = automatch.distributed.shard_files.ShardFiles.write, 0
+
+    def some(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError("the disk is full")
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(automatch.distributed.shard_files.ShardFiles, "write", some)
+        with pytest.raises(LoadError, match="the disk is full"):
+            convert(source, out, mapping_of(Old(), New()), max_shard_bytes=LIMIT)
+    return out.with_name(f"{out.name}.incomplete")
+
+
+def test_only_the_same_conversion_is_taken_up(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = Path(shutil.copytree(trained, tmp_path / "source")), tmp_path / "out"
+    kept = contents(stopped(source, out, monkeypatch))
+    other = mapping_of(Old(), New(), [replace(m, sources=("layers.1.norm.bias",)) if m.target == "blocks.0.ln.bias" else m for m in matches()])
+    for mapping, limit in ((other, LIMIT), (mapping_of(Old(), New()), 2 * LIMIT)):
+        with pytest.raises(CheckpointError, match=r"out\.incomplete' holds an unfinished conversion of this checkpoint with another mapping"):
+            convert(source, out, mapping, max_shard_bytes=limit)
+    (source / "__0_0.distcp").touch()  # a checkpoint that was saved again has the same keys and sizes
+    with pytest.raises(CheckpointError, match="of this one before it was written again; finish that one or remove the directory"):
+        convert(source, out, mapping_of(Old(), New()), max_shard_bytes=LIMIT)
+    assert contents(tmp_path / "out.incomplete") == kept
+
+
+def test_a_checkpoint_that_is_written_to_meanwhile_is_not_converted(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(trained, tmp_path / "source"))
+    write = automatch.distributed.shard_files.ShardFiles.write
+
+    def saved_again(*args: Any) -> None:
+        (source / "__0_0.distcp").touch()
+        write(*args)
+
+    monkeypatch.setattr(automatch.distributed.shard_files.ShardFiles, "write", saved_again)
+    with pytest.raises(CheckpointError, match="source' was written to while it was converted"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mapping_for_another_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -148,6 +148,16 @@ class Crew:
         """Add to a counter that all ranks share and return what it stands at."""
         return amount if self._store is None else int(self._store.add(f"count/{name}", amount))
 
+    def leave_word(self, name: str, text: str) -> None:
+        """Leave a text for rank 0."""
+        if self._store is not None:
+            self._store.set(f"word/{name}/{self.rank}", text)
+
+    def words(self, name: str) -> list[str]:
+        """What the other ranks have left; complete once all have agreed on what they did meanwhile."""
+        keys = [f"word/{name}/{rank}" for rank in range(self.size) if rank != self.rank]
+        return [self._store.get(key).decode() for key in keys if self._store.check([key])]
+
     # ---- deciding -----------------------------------------------------------------------------------------
 
     def _decide(self, name: str, step: str, error: BaseException | None) -> str:

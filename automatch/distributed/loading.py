@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,13 +132,21 @@ def _load(crew: Crew, target: Target, path: Path, options: _Options) -> Distribu
     mapping = crew.together("checking the fingerprints", lambda: _checked(order, target, path, given))
     reader = open_reader(path, order.metadata, trust=options.trust)
     entries = crew.together("planning", lambda: find_entries(mapping, target.flat, order.metadata, order.groups, order.source_prefix))
-    planner = MappedLoadPlanner(mapping, entries=entries, allow_partial_load=True, trust=options.trust, on_read=lambda _: crew.advance())
+    planner = MappedLoadPlanner(
+        mapping,
+        entries=entries,
+        allow_partial_load=True,
+        trust=options.trust,
+        on_read=lambda _: crew.advance(),
+        on_plan=lambda reads: _say_whole(crew, reads),
+    )
     staged = crew.together("reading", lambda: _read(target, entries, planner, reader, options))
     if crew.leads:
-        _say_what_is_whole(planner.whole_reads)
-    crew.together("restoring the optimizer", lambda: target.commit_optimizer(staged))
+        _say_others_whole(crew, planner.whole_reads)
     loaded = tuple(map(target.name, staged))
-    target.commit_model(staged)
+    crew.together("restoring the optimizer", lambda: target.commit_optimizer(staged))
+    crew.together("handing values to the module", lambda: target.hand_over(staged))
+    target.commit(staged)
     used = {key for match in mapping.matches for key in match.sources}
     return DistributedReport(
         tuple(map(target.name, entries.missing)),
@@ -212,10 +220,23 @@ def _read(target: Target, entries: Entries, planner: MappedLoadPlanner, reader: 
     return staged
 
 
-def _say_what_is_whole(reads: Iterable[WholeRead]) -> None:
+def _say_whole(crew: Crew, reads: Sequence[WholeRead]) -> None:
+    """Before reading: rank 0 says what its reads will cost, the others leave word of theirs."""
+    if not crew.leads:
+        if reads:
+            crew.leave_word("whole", json.dumps([[read.key, read.nbytes, read.reason] for read in reads]))
+        return
     for read in reads:
         size = f"{read.nbytes / 2**20:.1f} MiB"
-        logger.warning("%r cannot be read in slices (%s): each rank reads its sources whole, %s at a time", read.key, read.reason, size)
+        logger.warning(
+            "%r cannot be read in slices (%s): its sources are read whole, %s of memory while that lasts", read.key, read.reason, size
+        )
+
+
+def _say_others_whole(crew: Crew, own: Sequence[WholeRead]) -> None:
+    said = {read.key for read in own}
+    others = [WholeRead(*read) for text in crew.words("whole") for read in json.loads(text)]
+    _say_whole(crew, list({read.key: read for read in others if read.key not in said}.values()))
 
 
 def digest(mapping: KeyMapping) -> str:

@@ -82,6 +82,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         allow_partial_load: leave entries that nothing feeds as they are; otherwise they are an error.
         trust: allow non-tensor entries to execute code while they are unpickled.
         on_read: called with the bytes of each tensor slice that has been read; may raise to stop the load.
+        on_plan: called before anything is read, with what has to be read whole.
 
     Raises:
         LoadError: an entry is not fed, or its sources do not fit it; the message names it.
@@ -96,9 +97,11 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         allow_partial_load: bool = False,
         trust: bool = False,
         on_read: Callable[[int], None] | None = None,
+        on_plan: Callable[[Sequence[WholeRead]], None] | None = None,
     ) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
-        self._mapping, self._groups, self._trust, self._on_read = mapping, groups, trust, on_read
+        self._mapping, self._groups, self._trust = mapping, groups, trust
+        self._on_read, self._on_plan = on_read, on_plan
         self._entries = entries
         self._reads: list[tuple[_Part | _Whole | str, int]] = []
         self.whole_reads: list[WholeRead] = []
@@ -132,6 +135,8 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         for entry in self.entries.fed:
             if not is_elsewhere(self.state_dict[entry.target]):
                 (late if entry.agree else items).extend(self._plan_entry(entry, late))
+        if self._on_plan is not None:
+            self._on_plan(self.whole_reads)
         return LoadPlan([*items, *late])
 
     def batches(self, items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:

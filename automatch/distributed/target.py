@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from automatch.distributed.chunks import local_chunks
 from automatch.distributed.entries import sections
+from automatch.distributed.handover import HandOver, is_live, storages
 from automatch.errors import LoadError, ModelError
 from automatch.specs import StateSpec, TensorSpec, dtype_name, shape_of, spec_of_model
 
@@ -43,6 +44,7 @@ class Target:
         self._optimizer, self._device = optimizer, device
         self._fresh = optimizer is not None and not optimizer.state
         self._before: Any = None
+        self._handed: HandOver | None = None
         self.nested: dict[str, Any] = {} if isinstance(model, nn.Module) else cast("dict[str, Any]", model)
         self.flat: dict[str, Any] = {}
         self.spec = StateSpec(())
@@ -131,71 +133,59 @@ class Target:
 
     # ---- changing it --------------------------------------------------------------------------------------
 
-    def commit_optimizer(self, staged: Mapping[str, Any]) -> None:
+    def commit_optimizer(self, staged: dict[str, Any]) -> None:
         """Give the optimizer its state; `forget` takes it back."""
         if self._optimizer is None or self._model is None:
             return
         self._before = None if self._fresh else self._optimizer.state_dict()
         state: dict[str, Any] = {}
-        for key, value in self.flat.items():
-            set_element(state, self._paths[key], staged.get(key, value))
+        for key in [key for key in self.flat if self._paths[key][0] == OPTIM]:
+            set_element(state, self._paths[key], staged.pop(key, self.flat[key]))
         set_optimizer_state_dict(self._model, self._optimizer, state[OPTIM], options=StateDictOptions(strict=False))
 
+    def hand_over(self, staged: dict[str, Any]) -> None:
+        """Give the module what its own code has to take, which may fail: values for meta tensors, extra state, what hooks convert."""
+        if self._model is None:
+            return
+        own = storages(self._model)
+        meta: dict[str, Any] = {}
+        other: dict[str, Any] = {}
+        before: dict[str, Any] = {}
+        for key in list(staged):
+            old, path = self.flat[key], self._paths[key]
+            if isinstance(old, torch.Tensor) and not old.is_meta and is_live(old, own):
+                continue
+            name, new = str(path[1]), staged.pop(key)
+            if isinstance(old, torch.Tensor) and old.is_meta:
+                meta[name] = new
+                continue
+            before.setdefault(name, copy.deepcopy(self.nested[MODEL][name]))
+            if len(path) > 2:  # an entry of a dict of extra state; what is not fed keeps its value
+                other.setdefault(name, copy.deepcopy(before[name]))
+            set_element(other, path[1:], new)
+        if meta or other:
+            self._handed = HandOver(self._model, list(self.nested[MODEL]), before)
+            self._handed.give(meta, other)
+
     def forget(self) -> None:
-        """Leave the optimizer as it was found."""
+        """Leave optimizer and module as they were found; not to be called once `commit` has begun."""
+        if self._handed is not None:
+            self._handed.take_back()
         if self._optimizer is not None and self._fresh:
             self._optimizer.state.clear()
         elif self._optimizer is not None and self._before is not None:
             self._optimizer.load_state_dict(self._before)
 
-    def commit_model(self, staged: dict[str, Any]) -> None:
-        """Give the model (or the state_dict) its values; nothing that can fail for want of data or agreement is left."""
-        meta: dict[str, Any] = {}
-        other: dict[str, Any] = {}
-        own = _storages(self._model) if self._model is not None else None
+    def commit(self, staged: dict[str, Any]) -> None:
+        """Write the values that are left into the model (or the state_dict); nothing that can fail for want of data is left."""
         with torch.no_grad():
             for key in list(staged):
                 old, new = self.flat[key], staged.pop(key)
-                path = self._paths[key]
-                if self._model is not None and path[0] == OPTIM:
-                    continue
-                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and not old.is_meta and _is_live(old, own):
+                if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and not old.is_meta:
                     for (to, _), (values, _) in zip(local_chunks(old.detach()), local_chunks(new), strict=True):
                         to.copy_(values)
-                elif self._model is None:
-                    set_element(self.nested, path, new)
-                elif isinstance(old, torch.Tensor) and old.is_meta:
-                    meta[str(path[1])] = new
                 else:
-                    if len(path) > 2:  # an entry of a dict of extra state; what is not fed keeps its value
-                        other.setdefault(str(path[1]), copy.deepcopy(self.nested[MODEL][path[1]]))
-                    set_element(other, path[1:], new)
-        if self._model is not None and (meta or other):
-            _hand_over(self._model, list(self.nested[MODEL]), meta, other)
-
-
-def _storages(model: nn.Module) -> set[int]:
-    tensors = (*model.parameters(), *model.buffers())
-    return {local.untyped_storage().data_ptr() for tensor in tensors for local, _ in local_chunks(tensor.detach())}
-
-
-def _is_live(value: torch.Tensor, own: set[int] | None) -> bool:
-    """Whether writing into a state_dict's tensor changes the module: a hook may have made it a copy."""
-    return own is None or all(local.untyped_storage().data_ptr() in own for local, _ in local_chunks(value.detach()))
-
-
-def _hand_over(model: nn.Module, keys: list[str], meta: dict[str, Any], other: dict[str, Any]) -> None:
-    """Give a module what cannot be written in place: values for meta tensors, extra state, what hooks convert."""
-    names = list(model.state_dict())
-    own = dict(zip(keys, names, strict=True)) if len(keys) == len(names) else dict(zip(keys, keys, strict=True))
-    tied = _ties(model)
-    meta, other = ({own[key]: value for key, value in part.items()} for part in (meta, other))
-    if meta:
-        model.load_state_dict(meta, strict=False, assign=True)
-    if other:
-        model.load_state_dict(other, strict=False)
-    for group in tied:
-        _tie(model, group, meta)
+                    set_element(self.nested, self._paths[key], new)
 
 
 def model_part(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -245,19 +235,3 @@ def _module_spec(model: nn.Module, state_dict: Mapping[str, Any]) -> StateSpec:
     renamed = dict(zip(spec.keys, keys, strict=True))
     tensors = tuple(replace(t, key=renamed[t.key], alias_of=renamed.get(t.alias_of or "")) for t in spec)
     return StateSpec(tensors, spec.origin, modules=spec.modules)
-
-
-def _ties(model: nn.Module) -> list[list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _tie(model: nn.Module, names: list[str], assigned: Mapping[str, Any]) -> None:
-    """Assigning to meta parameters makes one per key; make them one again, the one that was given a value."""
-    kept = next((name for name in names if name in assigned), names[0])
-    parameter = model.get_parameter(kept)
-    for name in names:
-        module, _, leaf = name.rpartition(".")
-        model.get_submodule(module).register_parameter(leaf, parameter)

@@ -16,11 +16,14 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from worlds import Outcome, run_ranks, save_alone
+from worlds import Outcome, run_ranks, save_alone, values
 
+import automatch.distributed.loading
 import automatch.distributed.storage
 from automatch.distributed import RankLostError, load
 from automatch.errors import LoadError, MappingError
+from automatch.mapping import KeyMapping, Match, Side
+from automatch.specs import spec_of_model, spec_of_state_dict
 
 pytestmark = pytest.mark.distributed
 
@@ -58,16 +61,63 @@ def load_with(rank: int, path: Path, trouble: int, what: str) -> tuple[str, str,
     mapping = mapping_of(old_model(), new_model())
     if what == "mapping" and rank == trouble:
         mapping = mapping.with_matches(matches()[:-1])
+    if what == "kill at planning" and rank == trouble:
+        automatch.distributed.loading.find_entries = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     if what in ("kill", "raise") and rank == trouble:
         automatch.distributed.storage.read_slice = failing_read(5, what == "kill")
     if what == "optimizer" and rank == trouble:
         optimizer.load_state_dict = None  # type: ignore[assignment]
     try:
-        load(model, path, mapping, optimizer=optimizer if what == "optimizer" else None, strict=False, timeout=3 if what == "kill" else 30)
+        load(model, path, mapping, optimizer=optimizer if what == "optimizer" else None, strict=False, timeout=3 if "kill" in what else 30)
     except Exception as error:
         same = all(torch.equal(local(value), before[key]) for key, value in get_model_state_dict(model).items())
         return type(error).__name__, str(error), same, len(optimizer.state)
     return "nothing", "", False, 0
+
+
+class Touchy(nn.Linear):
+    """A layer whose extra state may be refused."""
+
+    count = 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+        if self.touchy and self.count == 7:
+            raise RuntimeError("seven is too many")
+
+    touchy = False
+
+
+def load_touchy(rank: int, path: Path, meta: bool) -> tuple[str, bool, int]:
+    """Load a layer that refuses its extra state on rank 1, when its values have been read already."""
+    with torch.device("meta" if meta else "cpu"):
+        model = fully_shard(nn.Sequential(Touchy(4, 4)), mesh=init_device_mesh("cpu", (2,)))
+    model[0].touchy = rank == 1
+    weight = model[0].weight
+    before = None if meta else local(weight).clone()
+    state = {"old.weight": torch.empty(4, 4), "old.bias": torch.empty(4)}
+    mapping = KeyMapping(Side.of(spec_of_state_dict(state)), Side.of(spec_of_model(model)), ())
+    mapping = mapping.with_matches([Match(key.replace("old", "0"), (key,), decided=True) for key in state])
+    try:
+        load(model, path, mapping, timeout=20)
+    except LoadError as error:
+        same = model[0].weight is weight and (weight.is_meta if before is None else torch.equal(local(weight), before))
+        return str(error), same, model[0].count
+    return "nothing", False, 0
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_module_that_refuses_on_one_rank_is_unchanged_on_all(tmp_path: Path, meta: bool) -> None:
+    old = nn.ModuleDict({"old": Touchy(4, 4)})
+    old["old"].count = 7
+    path = save_alone(old.state_dict(), tmp_path / "touchy")
+    for message, same, count in values(run_ranks(2, load_touchy, tmp_path, path, meta)):
+        assert "seven is too many" in message
+        assert same
+        assert count == 1
 
 
 def local(value: torch.Tensor) -> torch.Tensor:
@@ -93,10 +143,11 @@ def test_a_failing_rank_stops_all_and_is_named(saved: Path, tmp_path: Path) -> N
         assert "the disk is on fire" in message
 
 
+@pytest.mark.parametrize("when", ["kill", "kill at planning"])
 @pytest.mark.parametrize("trouble", [0, 1])
-def test_a_killed_rank_stops_the_other(saved: Path, tmp_path: Path, trouble: int) -> None:
+def test_a_killed_rank_stops_the_other(saved: Path, tmp_path: Path, trouble: int, when: str) -> None:
     """Rank 0 holds the store of the process group, so its death is noticed in another way than that of rank 1."""
-    outcomes = run(saved, tmp_path, 2, trouble, "kill")
+    outcomes = run(saved, tmp_path, 2, trouble, when)
     assert outcomes[trouble].signal == signal.SIGKILL
     kind, message, *_ = outcomes[1 - trouble].value
     assert kind == "RankLostError"

@@ -214,9 +214,13 @@ def stopped(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_only_the_same_conversion_is_taken_up(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = Path(shutil.copytree(trained, tmp_path / "source")), tmp_path / "out"
     kept = contents(stopped(source, out, monkeypatch))
-    other = mapping_of(Old(), New(), [replace(m, sources=("layers.1.norm.bias",)) if m.target == "blocks.0.ln.bias" else m for m in matches()])
+    other = mapping_of(
+        Old(), New(), [replace(m, sources=("layers.1.norm.bias",)) if m.target == "blocks.0.ln.bias" else m for m in matches()]
+    )
     for mapping, limit in ((other, LIMIT), (mapping_of(Old(), New()), 2 * LIMIT)):
-        with pytest.raises(CheckpointError, match=r"out\.incomplete' holds an unfinished conversion of this checkpoint with another mapping"):
+        with pytest.raises(
+            CheckpointError, match=r"out\.incomplete' holds an unfinished conversion of this checkpoint with another mapping"
+        ):
             convert(source, out, mapping, max_shard_bytes=limit)
     (source / "__0_0.distcp").touch()  # a checkpoint that was saved again has the same keys and sizes
     with pytest.raises(CheckpointError, match="of this one before it was written again; finish that one or remove the directory"):

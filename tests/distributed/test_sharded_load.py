@@ -12,20 +12,33 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from sharded_models import WIDTH, New, Old, expected, mapping_of, matches, new_model, old_model, split_back
+from sharded_models import VOCABULARY, WIDTH, New, Old, expected, mapping_of, matches, new_model, old_model, split_back
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from worlds import run_ranks, values
+from worlds import run_ranks, save_alone, values
 
 import automatch.distributed.loading
 from automatch.distributed import MappedLoadPlanner, load
-from automatch.mapping import Match, Side
-from automatch.specs import StateSpec, TensorSpec
-from automatch.transforms import Chain, Permute, Reshape, Slice, apply_transform, chain
+from automatch.mapping import KeyMapping, Match, Side
+from automatch.specs import StateSpec, TensorSpec, spec_of_model, spec_of_state_dict
+from automatch.transforms import (
+    Chain,
+    Concat,
+    Copy,
+    Permute,
+    PermuteElements,
+    Reshape,
+    Slice,
+    Stack,
+    Transform,
+    apply_transform,
+    chain,
+    output_shape,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +93,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {size: root / f"by{size}" for size in (1, 4)}
 
 
-@pytest.mark.parametrize(("writers", "mesh", "meta"), [(1, (2,), True), (4, (2,), False), (1, (2, 2), False), (4, (2, 2), True)])
+# On four ranks, some shards are uneven and some are empty.
+@pytest.mark.parametrize(
+    ("writers", "mesh", "meta"),
+    [(1, (2,), True), (4, (2,), False), (1, (2, 2), False), (4, (2, 2), True), (4, (1,), False), (1, (4,), True)],
+)
 def test_other_class_and_mesh_get_the_values_of_one_process(
     saved: dict[int, Path], tmp_path: Path, writers: int, mesh: tuple[int, ...], meta: bool
 ) -> None:
@@ -88,6 +105,13 @@ def test_other_class_and_mesh_get_the_values_of_one_process(
     results = values(run_ranks(size, load_new, tmp_path, saved[writers], mesh, meta))
     for got, _ in results:
         check_equal(got, expected(old_model()))
+
+
+def test_one_process_without_a_group_loads_what_four_ranks_saved(saved: dict[int, Path]) -> None:
+    with torch.device("meta"):
+        model = New()
+    load(model, saved[4], mapping_of(Old(), New()))
+    check_equal(dict(model.state_dict()), expected(old_model()))
 
 
 def test_each_rank_reads_its_share_of_the_bytes(saved: dict[int, Path], tmp_path: Path) -> None:
@@ -143,25 +167,120 @@ def test_rank_0_alone_proposes(saved: dict[int, Path], tmp_path: Path) -> None:
     check_equal(got, expected(old_model()))
 
 
-def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Path) -> tuple[torch.Tensor, Any]:
+ROWS, COLUMNS = 7, 10  # neither is a multiple of two or four parts
+SOURCES = {name: torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("abc")}
+TRANSFORMS: dict[str, tuple[str, Transform]] = {
+    "copy": ("a", Copy()),
+    "rows joined": ("abc", Concat(0)),
+    "columns joined": ("abc", Concat(1)),
+    "stacked": ("abc", Stack(1)),
+    "rows cut out": ("a", Slice(0, 2, 4)),
+    "columns cut out": ("a", Slice(1, 3, 5)),
+    "transposed": ("a", Permute((1, 0))),
+    "joined and transposed": ("abc", chain(Concat(0), Permute((1, 0)))),
+    "transposed and cut out": ("a", chain(Permute((1, 0)), Slice(0, 1, 7))),
+    "interleaved": ("ab", chain(Concat(1), PermuteElements(1, (2, COLUMNS), (1, 0)))),
+    "reshaped": ("a", Reshape((ROWS, 2, COLUMNS // 2))),
+}
+PLACEMENTS = {
+    (4,): [(Shard(0),), (Shard(1),), (Replicate(),)],
+    (2, 2): [
+        (Shard(0), Shard(1)),
+        (Shard(1), Shard(0)),
+        (Shard(0), Shard(0)),
+        (Shard(1), Shard(1)),
+        (Replicate(), Shard(1)),
+        (Shard(0), Replicate()),
+    ],
+}
+
+
+def load_every_placement(rank: int, path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    found: list[Match] = []
+    for shape, placements in PLACEMENTS.items():
+        mesh = init_device_mesh("cpu", shape)
+        for placement in placements:
+            for name, (keys, transform) in TRANSFORMS.items():
+                key = f"{name}, {placement}"
+                size = output_shape(transform, [SOURCES[k].shape for k in keys])
+                state[key] = distribute_tensor(torch.zeros(size), mesh, placement)
+                found.append(Match(key, tuple(keys), transform, decided=True))
+    sides = [Side.of(spec_of_state_dict(tensors)) for tensors in (SOURCES, {k: torch.empty(v.shape) for k, v in state.items()})]
+    report = load(state, path, KeyMapping(*sides, ()).with_matches(found), timeout=20)
+    assert report.whole_reads == ()
+    return full(state)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_every_transform_under_every_placement(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / "sources"
+    if folder:
+        path.mkdir()
+        save_file(SOURCES, path / "model.safetensors")
+    else:
+        save_alone(dict(SOURCES), path)
+    for got in values(run_ranks(4, load_every_placement, tmp_path, path)):
+        assert len(got) == 9 * len(TRANSFORMS)
+        for key, value in got.items():
+            keys, transform = TRANSFORMS[key.partition(", ")[0]]
+            assert torch.equal(value, apply_transform(transform, [SOURCES[k] for k in keys])), key
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens))
+
+
+def load_tied(rank: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.device("meta"):
+        model = fully_shard(Tied(), mesh=init_device_mesh("cpu", (2,)))
+    sides = [Side.of(spec_of_state_dict({"tokens": torch.empty(VOCABULARY, WIDTH)})), Side.of(spec_of_model(model))]
+    load(model, path, KeyMapping(*sides, ()).with_matches([Match("embed.weight", ("tokens",), decided=True)]), timeout=20)
+    assert model.head.weight is model.embed.weight
+    return model.embed.weight.full_tensor().detach(), model(torch.arange(5)).detach()
+
+
+def test_tied_weights_stay_tied_when_sharded(tmp_path: Path) -> None:
+    tokens = torch.randn(VOCABULARY, WIDTH)
+    path = save_alone({"tokens": tokens}, tmp_path / "tied")
+    for got, output in values(run_ranks(2, load_tied, tmp_path, path)):
+        assert torch.equal(got, tokens)
+        assert torch.allclose(output, tokens[:5] @ tokens.T, atol=1e-5)
+
+
+def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Path, whole_on: int | None) -> tuple[torch.Tensor, Any]:
     logging.getLogger("automatch").addHandler(logging.FileHandler(log / f"log{rank}"))
     mesh = init_device_mesh("cpu", (2,))
-    state = {"odd": distribute_tensor(torch.zeros(6, 8), mesh, [Shard(1)])}
+    state = {"odd": DTensor.from_local(torch.zeros(6, 4), mesh, [Shard(1)], run_check=False)}
+    if rank == whole_on:  # all of it needs no slice
+        state = {"odd": torch.zeros(6, 8)}
     empty = mapping_of(old_model(), new_model(), [])
     target = Side.of(StateSpec((TensorSpec("odd", (6, 8)),)))
     mapping = replace(empty, target=target).with_matches([Match("odd", ("layers.0.query.weight",), odd, decided=True)])
     report = load(state, path, mapping, timeout=20)
-    return state["odd"].full_tensor(), [(read.key, read.nbytes) for read in report.whole_reads]
+    part = state["odd"]
+    return part.to_local() if isinstance(part, DTensor) else part, [(read.key, read.nbytes) for read in report.whole_reads]
 
 
-def test_what_cannot_be_sliced_is_read_whole_and_said_by_rank_0(saved: dict[int, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_on", [None, 0])
+def test_what_cannot_be_sliced_is_read_whole_and_said_by_rank_0(saved: dict[int, Path], tmp_path: Path, whole_on: int | None) -> None:
     odd = chain(Slice(0, 0, 12), Slice(1, 0, 4), Permute((1, 0)), Reshape((6, 8)))
     weight = old_model().state_dict()["layers.0.query.weight"]
-    results = values(run_ranks(2, load_state_dict_with_odd_reshape, tmp_path, saved[1], odd, tmp_path))
-    for got, whole in results:
-        assert torch.equal(got, apply_transform(odd, [weight]))
-        assert whole == [("odd", WIDTH * WIDTH * 4)]
-    assert "'odd' cannot be read in slices" in (tmp_path / "log0").read_text()
+    results = values(run_ranks(2, load_state_dict_with_odd_reshape, tmp_path, saved[1], odd, tmp_path, whole_on))
+    wanted = apply_transform(odd, [weight])
+    for rank, (got, whole) in enumerate(results):
+        assert torch.equal(got, wanted if rank == whole_on else wanted[:, 4 * rank : 4 * rank + 4])
+        assert whole == ([] if rank == whole_on else [("odd", WIDTH * WIDTH * 4)])
+    said = (tmp_path / "log0").read_text()
+    assert said.count("'odd' cannot be read in slices") == said.count("\n") == 1
+    assert "0.0 MiB of memory" in said
     assert (tmp_path / "log1").read_text() == ""
 
 

@@ -202,3 +202,43 @@ def test_chaotic_names_at_scale_are_still_exact() -> None:
     feeds: Feeds = {f"m.{i * 7919 % 5000}.x{i}y.w": f"s.{i}.z{i * 31 % 5000}.w" for i in range(5000)}
     exact_rules(mapping_of(feeds))
     exact_rules(mapping_of({f"m.{chr(97 + i % 26)}{i}q{i * 31 % 977}.w": f"s.a{i}b.w" for i in range(5000)}))
+
+
+def experts(layers: int, each: int) -> Feeds:
+    names = {"w1": "gate", "w2": "down"}
+    return {
+        f"model.layers.{i}.mlp.experts.{e}.{new}.weight": f"layers.{i}.ffn.{e}.{old}.weight"
+        for i in range(layers)
+        for e in range(each)
+        for old, new in names.items()
+    }
+
+
+GENERAL = [
+    "layers.{i}.ffn.{j}.w1.weight → model.layers.{i}.mlp.experts.{j}.gate.weight",
+    "layers.{i}.ffn.{j}.w2.weight → model.layers.{i}.mlp.experts.{j}.down.weight",
+]
+
+
+@pytest.mark.parametrize(("layers", "each"), [(5, 6), (40, 64)])
+def test_a_wrong_pair_among_many_stands_alone_and_first(layers: int, each: int) -> None:
+    feeds = experts(layers, each)
+    assert lines(mapping_of(feeds)) == GENERAL
+    one, other = "model.layers.1.mlp.experts.2.gate.weight", "model.layers.3.mlp.experts.4.gate.weight"
+    feeds[one], feeds[other] = feeds[other], feeds[one]
+    assert lines(mapping_of(feeds)) == [
+        "layers.3.ffn.4.w1.weight → model.layers.1.mlp.experts.2.gate.weight",
+        "layers.1.ffn.2.w1.weight → model.layers.3.mlp.experts.4.gate.weight",
+        *reversed(GENERAL),
+    ]
+
+
+def test_rules_of_very_many_keys_tell_all_that_they_explain() -> None:
+    unsure = mapping_of(experts(40, 64))
+    low = unsure["model.layers.7.mlp.experts.33.down.weight"]
+    unsure = unsure.with_matches([*unsure.matches, Match(low.target, low.sources, confidence=0.7)])
+    rules = {str(rule): rule for rule in exact_rules(unsure)}
+    assert list(rules) == GENERAL
+    assert [rule.n_keys for rule in rules.values()] == [2560, 2560]
+    assert [rule.confidence for rule in rules.values()] == [1.0, 0.7]
+    assert rules[GENERAL[1]].example == (("layers.0.ffn.0.w2.weight",), ("model.layers.0.mlp.experts.0.down.weight",))

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from automatch.errors import MappingError, TransformError
 from automatch.mapping import KeyMapping, Match
-from automatch.rules._apply import apply_rules
+from automatch.rules._apply import Application, applications, apply_rules
 from automatch.rules._components import Component, components
 from automatch.rules._cover import Literal, cover, cover_joint
+from automatch.rules._exceptions import exceptions
 from automatch.rules._generalise import Universe, generalise
 from automatch.rules._patterns import Index, Pattern, split_numbers
 from automatch.rules._rule import Domain, Loop, Output, RenameRule
+from automatch.rules._sample import sample, with_explained
 from automatch.transforms import Concat, Copy, Slice, Transform, invert
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "split_numbers",
 ]
 
+MANY = 4000
+FEW = 64
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,23 +60,56 @@ def _rules(matches: Sequence[Match], source_keys: Sequence[str]) -> tuple[Rename
     used = {key for part in parts for key in part.sources}
     unused = tuple(Component((key,), (), None, 0, position) for position, key in enumerate(source_keys) if key not in used)
     place = {match.target: position for position, match in enumerate(matches)}
-    universe = Universe(source_keys)
+    if len(parts) + len(unused) > MANY and (found := _from_sample((*parts, *unused), matches, source_keys, place)):
+        return found
     alone: set[str] = set()
     while True:
-        rules = _build(parts, unused, alone, universe, place)
-        stubborn = _differing(rules, matches, source_keys) - alone
+        rules, odd = _build_around(parts, unused, alone, source_keys, place)
+        stubborn = _differing(applications(rules, source_keys), matches) - alone - odd
         if not stubborn:
             return rules
         alone |= stubborn if len(alone) < len(stubborn) else used.union(source_keys)
 
 
+def _from_sample(
+    parts: Sequence[Component], matches: Sequence[Match], source_keys: Sequence[str], place: Mapping[str, int]
+) -> tuple[RenameRule, ...] | None:
+    """Rules from a sample, a few exceptions explained singly; None where they do not reproduce the whole mapping."""
+    chosen, alone = sample(parts), set[str]()
+    for _ in range(2):
+        named = [part for part in parts if alone.intersection(part.sources)]
+        kept = [*(part for part in chosen if not alone.intersection(part.sources)), *named]
+        fed, unfed = [part for part in kept if part.outputs], [part for part in kept if not part.outputs]
+        rules, odd = _build_around(fed, unfed, alone, [key for part in kept for key in part.sources], place)
+        applied = applications(rules, source_keys)
+        differing = _differing(applied, matches)
+        if not differing:
+            return with_explained(rules, applied, {match.target: match.confidence for match in matches}, place)
+        if len(differing) > FEW:
+            return None
+        alone |= differing | odd
+    return None
+
+
+def _build_around(
+    parts: Sequence[Component], unused: Sequence[Component], alone: set[str], source_keys: Sequence[str], place: Mapping[str, int]
+) -> tuple[tuple[RenameRule, ...], set[str]]:
+    """The rules, and the few further keys that are explained one by one because they break an arithmetic."""
+    rules = _build(parts, unused, alone, source_keys, place)
+    odd = exceptions(rules) - alone
+    if not odd or len(odd) > FEW:
+        return rules, set()
+    return _build(parts, unused, alone | odd, source_keys, place), odd
+
+
 def _build(
-    parts: Sequence[Component], unused: Sequence[Component], alone: set[str], universe: Universe, place: Mapping[str, int]
+    parts: Sequence[Component], unused: Sequence[Component], alone: set[str], source_keys: Iterable[str], place: Mapping[str, int]
 ) -> tuple[RenameRule, ...]:
     """The rules; components with a source in ``alone`` are explained one by one, before all others."""
     singly = [part for part in (*parts, *unused) if alone.intersection(part.sources)]
     together = [part for part in parts if not alone.intersection(part.sources)]
     left_out = [part for part in unused if part.sources[0] not in alone]
+    universe = Universe(key for key in source_keys if key not in alone)
     first = [rule for part in singly for rule in generalise([Literal(part.sources, part.outputs, False, [part])], universe, place)]
     joint = generalise(cover_joint([part for part in together if len(part.sources) > 1]), universe, place)
     single = generalise(cover([*(part for part in together if len(part.sources) == 1), *left_out]), universe, place)
@@ -84,12 +121,15 @@ def _precedence(rule: RenameRule) -> tuple[int, int, str]:
     return -pattern.depth, -rule.n_keys, str(pattern)
 
 
-def _differing(rules: Iterable[RenameRule], matches: Sequence[Match], source_keys: Sequence[str]) -> set[str]:
+def _differing(applied: Iterable[Application], matches: Sequence[Match]) -> set[str]:
     """Source keys of which the rules make something else than the mapping does."""
-    wanted = {match.target: (match.sources, match.transform) for match in matches}
-    made = {match.target: (match.sources, match.transform) for match in apply_rules(rules, source_keys)}
-    differing = [target for target in {**wanted, **made} if wanted.get(target) != made.get(target)]
-    return {key for target in differing for side in (wanted, made) if target in side for key in side[target][0]}
+    made = {target: (sources, transform) for *_, outputs in applied for target, sources, transform in outputs}
+    differing: set[str] = set()
+    for match in matches:
+        sources, transform = made.pop(match.target, ((), None))
+        if sources != match.sources or transform != match.transform:
+            differing.update(sources, match.sources)
+    return differing.union(*(sources for sources, _ in made.values()))
 
 
 def invert_rules(rules: Iterable[RenameRule], shapes: Shapes) -> tuple[RenameRule, ...]:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from automatch.mapping import Match
 from automatch.rules._patterns import EACH, Index, Pattern, Row, split_numbers
 from automatch.rules._rule import RenameRule
+from automatch.transforms import Transform
+
+Made = tuple[str, tuple[str, ...], Transform]
+"""A target key, what feeds it, and how."""
+Application = tuple[int, int, tuple[str, ...], list[Made]]
+"""Where the first source stands among the keys, which rule decided, its sources, and what it makes of them."""
 
 
 def apply_rules(rules: Iterable[RenameRule], source_keys: Iterable[str]) -> tuple[Match, ...]:
@@ -22,23 +28,35 @@ def apply_rules(rules: Iterable[RenameRule], source_keys: Iterable[str]) -> tupl
     Returns:
         One match per target key, in the order in which the sources come; the confidence is the rule's.
     """
+    rules = tuple(rules)
+    found: dict[str, Match] = {}
+    for _, order, _, made in applications(rules, source_keys):
+        for target, sources, transform in made:
+            found[target] = Match(target, sources, transform, confidence=rules[order].confidence or 0.0)
+    return tuple(found.values())
+
+
+def applications(rules: Iterable[RenameRule], source_keys: Iterable[str]) -> list[Application]:
+    """Every application of a rule, in the order in which the first sources come."""
     index = _Index(rules)
     keys = tuple(dict.fromkeys(source_keys))
     present = set(keys)
     offers = [(hit.order, place, hit) for place, key in enumerate(keys) for hit in index.hits(key)]
     offers.sort(key=lambda offer: offer[:2])
     taken: set[str] = set()
-    found: list[tuple[int, list[Match]]] = []
-    for _, place, hit in offers:
-        sources = hit.sources()
+    found: list[Application] = []
+    for order, place, hit in offers:
+        if keys[place] in taken:
+            continue
+        sources = hit.sources(keys[place])
         if not all(key in present and key not in taken for key in sources):
             continue
-        matches = hit.matches(sources)
-        if matches is not None:
+        made = hit.made(sources)
+        if made is not None:
             taken.update(sources)
-            found.append((place, matches))
-    found.sort(key=lambda pair: pair[0])
-    return tuple({match.target: match for _, matches in found for match in matches}.values())
+            found.append((place, order, sources, made))
+    found.sort(key=lambda application: application[0])
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +68,21 @@ class _Hit:
     bound: Mapping[str, int]
     tail: str
 
-    def sources(self) -> tuple[str, ...]:
+    def sources(self, first: str) -> tuple[str, ...]:
         """The source keys; the empty key, which no checkpoint has, stands for one outside a value table."""
+        if self.rule.single:
+            return (first,)
         return tuple(item.key(seen, self.tail) or "" for loop in self.rule.sources for item, seen in loop.each(self.bound))
 
-    def matches(self, sources: tuple[str, ...]) -> list[Match] | None:
+    def made(self, sources: tuple[str, ...]) -> list[Made] | None:
         """What the rule makes of its sources; None where a value table has no entry, so that it does not match."""
-        made: list[Match] = []
+        made: list[Made] = []
         for loop in self.rule.outputs:
             for out, seen in loop.each(self.bound):
                 target, transform = out.pattern.key(seen, self.tail), out.transform_for(seen)
                 if target is None or transform is None:
                     return None
-                takes = sources if out.takes is None else tuple(sources[position] for position in out.takes)
-                made.append(Match(target, takes, transform, confidence=self.rule.confidence or 0.0))
+                made.append((target, sources if out.takes is None else tuple(sources[position] for position in out.takes), transform))
         return made
 
 

@@ -96,6 +96,11 @@ class RenameRule:
         return len(self.targets) or len(self.firsts)
 
     @property
+    def single(self) -> bool:
+        """Whether every application takes one source key alone."""
+        return len(self.sources) == 1 and len(self.sources[0].items) == 1 and not self.sources[0].values
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """The source keys that a dropping rule keeps from the rules after it; none for other rules."""
         return () if self.outputs else self.firsts

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from automatch.adapt import explain_mismatch, resized_source
 from automatch.apply import convert, open_source
-from automatch.errors import ModelError
+from automatch.errors import CheckpointError, ModelError
 from automatch.mapped import MappedCheckpoint
 from automatch.mapping import CONFIDENT, KeyMapping
 from automatch.planning import LoadPlan, MappingLike, plan_load
 from automatch.prepare import cast_warnings, prepare_state
-from automatch.readers import Checkpoint
+from automatch.readers import Checkpoint, as_open_checkpoint, open_checkpoint
 from automatch.refusal import shorten
+from automatch.specs import StateSpec, spec_of_model
 from automatch.transforms import Copy
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ def load(
 ) -> LoadReport:
     """Load a checkpoint whose keys do not fit into a model: propose, apply what is confident, all or nothing.
 
+    A model on the meta device takes over the pages of the file (as with ``torch.load(mmap=True)`` and ``assign=True``): they
+    are read when they are used. Writing to the model does not change the file, and the file may be deleted, or replaced by
+    renaming another one over it; but whoever writes into it or cuts it short while the model lives (`torch.save` to the same
+    path does) changes the weights or kills the process. ``load(model, torch.load(path))`` keeps them in memory. A
+    model with memory of its own is independent of the file when ``load`` returns.
+
     Args:
         model: the module; its parameters stay the same objects, with their dtype and device (meta ones are replaced).
         ckpt: a path, an open checkpoint, or a loaded checkpoint dict.
@@ -89,21 +96,43 @@ def load(
     Raises:
         LoadError: loading was refused, with the keys and how to go on; the model is bit for bit unchanged.
         MappingError: the mapping was made for another model or checkpoint.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or was changed meanwhile.
     """
     if not hasattr(model, "load_state_dict") or not hasattr(model, "named_modules"):
         raise ModelError(f"load needs an nn.Module, got {type(model).__name__}; for a state_dict use mapping.apply(ckpt)")
+    if mapping is None and not isinstance(ckpt, StateSpec):
+        with open_checkpoint(ckpt, like=spec_of_model(model), trust=trust) as opened:
+            return _load(model, opened, None, threshold, strict, pins, trust, adapt)
+    return _load(model, ckpt, mapping, threshold, strict, pins, trust, adapt)
+
+
+def _load(
+    model: nn.Module,
+    ckpt: Any,
+    mapping: MappingLike | None,
+    threshold: float,
+    strict: bool,
+    pins: Pins | None,
+    trust: bool,
+    adapt: Mapping[str, str] | None,
+) -> LoadReport:
+    from automatch.atomic import replace_values
+
     plan = plan_load(model, ckpt, mapping=mapping, threshold=threshold, strict=strict, pins=pins, trust=trust, adapt=adapt)
-    with open_source(plan.whole, ckpt, trust=trust) as opened, MappedCheckpoint(opened) as checkpoint:
+    with open_source(plan.whole, ckpt, trust=trust) as opened, MappedCheckpoint(as_open_checkpoint(opened)) as checkpoint:
         current = model.state_dict(keep_vars=True)
         prepared = values_of(plan, current, checkpoint)
         notes = cast_warnings(prepared, current)
-        if not any(parameter.is_meta for parameter in model.parameters()):
+        if any(tensor.is_meta for tensor in current.values()):
+            checkpoint.check_unchanged()
+        else:
             checkpoint.bring_in()
-        from automatch.atomic import replace_values
-
         replace_values(model, prepared)
         del prepared
+        try:
+            checkpoint.check_unchanged()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; the model may hold values of both files now, load it again before it is used") from error
     return report_of(plan, model, notes)
 
 

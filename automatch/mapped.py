@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from automatch.errors import CheckpointError
-from automatch.readers import Checkpoint
+from automatch.readers import OpenCheckpoint
+from automatch.readers._base import SourceFile
 from automatch.specs import StateSpec
 
 # Linux >= 5.14: bring pages in now, and report a failing disk as an error instead of a signal.
@@ -24,7 +25,7 @@ class MappedCheckpoint:
         inner: the checkpoint, which stays open and is read for all that cannot be mapped.
     """
 
-    def __init__(self, inner: Checkpoint) -> None:
+    def __init__(self, inner: OpenCheckpoint) -> None:
         self.inner = inner
         self._maps: dict[int, mmap.mmap] = {}
         self._used: list[tuple[mmap.mmap, int, int]] = []
@@ -37,19 +38,19 @@ class MappedCheckpoint:
         """The tensor of ``key``, mapped where its bytes lie in the file as they are."""
         import torch
 
-        find_region = getattr(self.inner, "region", None)
-        region: Any = find_region(key) if find_region is not None else None
         spec = self.spec[key]
         dtype = getattr(torch, spec.dtype, None)
-        if region is None or region.nbytes < _SMALLEST or sys.byteorder != "little" or not isinstance(dtype, torch.dtype):
+        if sys.byteorder != "little" or not isinstance(dtype, torch.dtype):
             return self.inner.tensor(key)
-        if region.offset % dtype.itemsize or region.nbytes != spec.numel * dtype.itemsize:
+        nbytes = spec.numel * dtype.itemsize
+        region = self.inner.region(key) if nbytes >= _SMALLEST else None  # finding a small one costs more than reading it
+        if region is None or region.offset % dtype.itemsize or region.nbytes != nbytes:
             return self.inner.tensor(key)
         pages = self._map(region.file)
         self._used.append((pages, region.offset, region.nbytes))
         return torch.frombuffer(cast(Any, pages), dtype=dtype, count=spec.numel, offset=region.offset).reshape(spec.shape)
 
-    def _map(self, file: Any) -> mmap.mmap:
+    def _map(self, file: SourceFile) -> mmap.mmap:
         pages = self._maps.get(id(file))
         if pages is None:
             pages = self._maps[id(file)] = mmap.mmap(file.fd, file.size, access=mmap.ACCESS_COPY)
@@ -79,9 +80,7 @@ class MappedCheckpoint:
         Raises:
             CheckpointError: it has changed.
         """
-        check = getattr(self.inner, "check_unchanged", None)
-        if check is not None:
-            check()
+        self.inner.check_unchanged()
 
     def close(self) -> None:
         """Let go of the mappings. Tensors hold on to theirs, so they are not unmapped here but with the last of them."""

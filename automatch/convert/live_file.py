@@ -49,7 +49,8 @@ def with_state(node: Any, path: tuple[str, ...], state: OrderedDict[Any, Any]) -
     """The content with other weights at ``path``; only the containers on the way are copied."""
     if not path:
         others = cast("Mapping[Any, Any]", node)
-        state.update({key: value for key, value in others.items() if LiveNode.tensor(value) is None and key not in state})
+        kept = {key: value for key, value in others.items() if LiveNode.tensor(value, str(key), "the checkpoint") is None}
+        state.update({key: value for key, value in kept.items() if key not in state})
         return state
     head, rest = path[0], path[1:]
     if isinstance(node, list | tuple):

@@ -148,7 +148,7 @@ def _replaced(root: Any, path: tuple[str, ...], state: Attributed) -> tuple[tupl
     if not path:
         others = TreeNode.mapping(root) or {}
         for key, value in others.items():
-            if TreeNode.tensor(value) is None and key not in state:
+            if not _is_tensor(key, value) and key not in state:
                 state[key] = value
         return (), state
     return path, _with_child(root, path, state)
@@ -157,7 +157,7 @@ def _replaced(root: Any, path: tuple[str, ...], state: Attributed) -> tuple[tupl
 def _with_child(node: Any, path: tuple[str, ...], state: Attributed) -> Any:
     if not path:
         others = TreeNode.mapping(node) or {}
-        state.update({key: value for key, value in others.items() if TreeNode.tensor(value) is None and key not in state})
+        state.update({key: value for key, value in others.items() if not _is_tensor(key, value) and key not in state})
         return state
     head, rest = path[0], path[1:]
     if isinstance(node, list | tuple):
@@ -171,3 +171,7 @@ def _with_child(node: Any, path: tuple[str, ...], state: Attributed) -> Any:
     else:
         changed[head] = _with_child(changed[head], rest, state)
     return changed
+
+
+def _is_tensor(key: Any, value: Any) -> bool:
+    return TreeNode.tensor(value, str(key), "the checkpoint") is not None

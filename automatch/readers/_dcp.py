@@ -130,8 +130,8 @@ def _places(value: Any, origin: str) -> dict[tuple[str, tuple[int, ...] | None],
         match place:
             case {"relative_path": str(name), "offset": int(start), "length": int(length)} if start >= 0 and length >= 0:
                 offset = index.get("offset")
-                where = None if offset is None else sizes(offset)
-                found[(str(index.get("fqn")), where)] = (name, start, length)
+                key = str(index.get("fqn"))
+                found[(key, None if offset is None else sizes(offset, key, origin))] = (name, start, length)
             case _:
                 raise CheckpointError(f"the .metadata of {origin} is malformed; the folder is damaged")
         if place.get("transform_descriptors"):
@@ -154,12 +154,12 @@ def _tensor(
     if not isinstance(value, Call) or not value.path.endswith("TensorStorageMetadata"):
         return None
     data, origin = _attributes(value), str(folder)
-    shape = sizes(data.get("size"))
+    shape = sizes(data.get("size"), key, origin)
     dtype = _dtype(data.get("properties"), key, origin)
     chunks: list[Chunk] = []
     for node in cast("list[Any]", data.get("chunks") if isinstance(data.get("chunks"), list) else []):
         box = _attributes(node)
-        offsets, extent = sizes(box.get("offsets")), sizes(box.get("sizes"))
+        offsets, extent = sizes(box.get("offsets"), key, origin), sizes(box.get("sizes"), key, origin)
         place = places.get((key, offsets)) or (places.get((key, None)) if not any(offsets) else None)
         if place is None or len(offsets) != len(shape) or len(extent) != len(shape):
             raise CheckpointError(f"a chunk of {key!a} is missing in {origin}; the folder is damaged")

@@ -40,7 +40,7 @@ class EntryNode(Node):
     """How `pick_state` looks into nested tables of entries."""
 
     @staticmethod
-    def tensor(value: Any) -> Any:
+    def tensor(value: Any, key: str, origin: str) -> Any:
         return value if hasattr(value, "region") else None
 
     @staticmethod

@@ -69,16 +69,18 @@ class LiveNode(Node):
     """How `pick_state` looks into loaded dicts."""
 
     @staticmethod
-    def tensor(value: Any) -> Any:
+    def tensor(value: Any, key: str, origin: str) -> Any:
         try:
-            found = is_tensor(value)
+            if not is_tensor(value) or _is_numpy_scalar(value):
+                return None
         except RuntimeError as error:  # what an uninitialised (lazy) parameter raises when asked for its shape
-            raise CheckpointError("the checkpoint holds an uninitialised (lazy) parameter; save it after one batch has run") from error
-        return value if found and not _is_numpy_scalar(value) else None
+            raise CheckpointError(f"{key!a} of {origin} is an uninitialised (lazy) parameter; save it after one batch has run") from error
+        shape_of(value, key)
+        return value
 
     @staticmethod
     def shape(tensor: Any) -> tuple[int, ...]:
-        return shape_of(tensor, "a tensor")
+        return tuple(tensor.shape)
 
     @staticmethod
     def mapping(value: Any) -> Mapping[Any, Any] | None:

@@ -46,22 +46,29 @@ def read_pickle(file: IO[bytes], origin: str) -> tuple[Any, frozenset[str]]:
     Raises:
         CheckpointError: the pickle is damaged, too long, or needs what no checkpoint needs.
     """
+    return _read(cast("IO[bytes]", LimitedReader(file)), origin)
+
+
+def read_pickle_bytes(data: bytes, origin: str) -> tuple[Any, frozenset[str]]:
+    """Read one pickle from memory, whose length is its bound; see `read_pickle`."""
+    return _read(io.BytesIO(data), origin)
+
+
+def _read(file: IO[bytes], origin: str) -> tuple[Any, frozenset[str]]:
     machine = _Machine()
     try:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(cast("IO[bytes]", LimitedReader(file)))):
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if count > MAX_PICKLE_OPCODES:
                 raise CheckpointError(f"the pickle of {origin} has more than {MAX_PICKLE_OPCODES} operations; it is not read")
-            machine.step(opcode.name, arg)
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                raise ValueError(f"operation {opcode.name} is not used by checkpoints")
+            action(machine, arg)
         if len(machine.stack) != 1 or machine.marks:
             raise ValueError(f"{len(machine.stack)} values are left on the stack")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UnicodeError) as error:
         raise CheckpointError(f"the pickle of {origin} is damaged ({type(error).__name__}: {str(error)[:200]})") from error
     return machine.stack[0], frozenset(machine.globals)
-
-
-def read_pickle_bytes(data: bytes, origin: str) -> tuple[Any, frozenset[str]]:
-    """Read one pickle from memory; see `read_pickle`."""
-    return read_pickle(io.BytesIO(data), origin)
 
 
 class _Machine:
@@ -70,16 +77,6 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, Global] = {}
-
-    def step(self, name: str, arg: Any) -> None:
-        if name in _PUSH:
-            self.stack.append(arg)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name]())
-        elif (action := _ACTIONS.get(name)) is not None:
-            action(self, arg)
-        elif name not in _IGNORED:
-            raise ValueError(f"operation {name} is not used by checkpoints")
 
     def since_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -232,17 +229,16 @@ _PUSH = frozenset(
         "BYTEARRAY8",
     )
 )  # fmt: skip
-_IGNORED = frozenset(("PROTO", "FRAME", "STOP"))
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": set,
-}
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(_PUSH, lambda m, arg: m.stack.append(arg)),
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    "NONE": lambda m, _: m.stack.append(None),
+    "NEWTRUE": lambda m, _: m.stack.append(True),
+    "NEWFALSE": lambda m, _: m.stack.append(False),
+    "EMPTY_LIST": lambda m, _: m.stack.append([]),
+    "EMPTY_DICT": lambda m, _: m.stack.append({}),
+    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
+    "EMPTY_SET": lambda m, _: m.stack.append(set()),
     "MARK": lambda m, _: m.marks.append(len(m.stack)),
     "POP": _pop,
     "POP_MARK": _pop_mark,

@@ -45,7 +45,7 @@ def tensor_entry(part: Bytes) -> Entry:
     archive = Archive(part)
     name = next((name for name in archive.members if name.endswith("data.pkl")), "data.pkl")
     tree, _ = read_pickle_bytes(archive.read(name, MAX_PICKLE_BYTES), str(part.path))
-    ref = tensor_ref(tree)
+    ref = tensor_ref(tree, "a part", str(part.path))
     if ref is None:
         raise CheckpointError(f"a part of {part.path} holds a {type(tree).__name__} instead of a tensor; the folder is damaged")
     return _zip_entry(archive, name.removesuffix("data.pkl"), ref)

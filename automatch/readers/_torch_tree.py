@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -95,22 +96,26 @@ def storage_of(node: Any) -> Storage | None:
             return None
 
 
-def tensor_ref(node: Any) -> TensorRef | None:
-    """What a call says of a tensor, or None if it is not one of torch's ways to build a plain tensor."""
+def tensor_ref(node: Any, key: str, origin: str) -> TensorRef | None:
+    """What a call says of the tensor ``key``, or None if it is not one of torch's ways to build a plain tensor.
+
+    Raises:
+        CheckpointError: it says what cannot be.
+    """
     if not isinstance(node, Call) or not isinstance(node.args, tuple):
         return None
     args = cast("tuple[Any, ...]", node.args)
     match node.path:
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state" if args:
-            return tensor_ref(args[0])
+            return tensor_ref(args[0], key, origin)
         case "torch._tensor._rebuild_from_type_v2" if len(args) >= 3 and _is_parameter(args[1]) and isinstance(args[2], tuple):
-            return tensor_ref(Call(args[0], args[2]))
+            return tensor_ref(Call(args[0], args[2]), key, origin)
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" if len(args) >= 4:
             storage = storage_of(args[0])
-            return storage and _strided(storage, storage.dtype, args[1:4])
+            return storage and _strided(storage, storage.dtype, args[1:4], key, origin)
         case "torch._utils._rebuild_tensor_v3" if len(args) >= 7 and isinstance(args[6], Global):
             storage, dtype = storage_of(args[0]), args[6].name
-            return _strided(storage, dtype, args[1:4]) if storage and dtype in ITEM_BYTES else None
+            return _strided(storage, dtype, args[1:4], key, origin) if storage and dtype in ITEM_BYTES else None
         case _:
             return None
 
@@ -119,36 +124,35 @@ def _is_parameter(node: Any) -> bool:
     return isinstance(node, Global) and node.path in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch.nn.parameter.Buffer")
 
 
-def _strided(storage: Storage, dtype: str, layout: tuple[Any, ...]) -> TensorRef:
+def _strided(storage: Storage, dtype: str, layout: tuple[Any, ...], key: str, origin: str) -> TensorRef:
     offset, size, stride = layout
-    shape, steps = sizes(size), sizes(stride)
+    shape, steps = sizes(size, key, origin), sizes(stride, key, origin)
     if type(offset) is not int or offset < 0 or len(shape) != len(steps):
-        raise CheckpointError("a tensor of the file has an impossible offset or stride; the file is damaged")
+        raise CheckpointError(f"{key!a} of {origin} has an impossible offset or stride; the file is damaged")
     ref = TensorRef(storage, dtype, offset, shape, steps)
     held = storage.elements * ITEM_BYTES[storage.dtype] // ITEM_BYTES[dtype]
-    count = 1
-    for extent in shape:
-        count *= extent
     if offset + ref.span > held:
-        raise CheckpointError(f"a tensor of shape {list(shape)} reaches beyond its storage of {held} elements; the file is damaged")
-    if count > max(held, FREE_EXPANSION_ELEMENTS):
-        raise CheckpointError(f"a tensor of shape {list(shape)} repeats a storage of only {held} elements; it is not read")
+        raise CheckpointError(
+            f"{key!a} of {origin} has shape {list(shape)} and reaches beyond its storage of {held} elements; the file is damaged"
+        )
+    if math.prod(shape) > max(held, FREE_EXPANSION_ELEMENTS):
+        raise CheckpointError(f"{key!a} of {origin} has shape {list(shape)} and repeats a storage of only {held} elements; it is not read")
     return ref
 
 
-def sizes(value: Any) -> tuple[int, ...]:
-    """A shape as a pickle holds it: a tuple, a list, or torch's own."""
+def sizes(value: Any, key: str, origin: str) -> tuple[int, ...]:
+    """The shape of ``key`` as a pickle holds it: a tuple, a list, or torch's own."""
     if isinstance(value, Call) and value.path == "torch.Size" and isinstance(value.args, tuple) and value.args:
         value = cast("tuple[Any, ...]", value.args)[0]
-    return check_shape(value, "a tensor", "the file")
+    return check_shape(value, key, origin)
 
 
 class TreeNode(Node):
     """How `pick_state` looks into the tree of a pickle."""
 
     @staticmethod
-    def tensor(value: Any) -> TensorRef | None:
-        return tensor_ref(value)
+    def tensor(value: Any, key: str, origin: str) -> TensorRef | None:
+        return tensor_ref(value, key, origin)
 
     @staticmethod
     def shape(tensor: TensorRef) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Node(Protocol):
     """How to look into one kind of content: a pickle's tree, or loaded dicts."""
 
     @staticmethod
-    def tensor(value: Any) -> Any: ...
+    def tensor(value: Any, key: str, origin: str) -> Any: ...
 
     @staticmethod
     def shape(tensor: Any) -> tuple[int, ...]: ...
@@ -91,7 +91,7 @@ def pick_state(
         CheckpointError: there are none, or none at ``wrapper``.
         UnsafeCheckpointError: there are none, and the pickle has objects that only code can build.
     """
-    found = _search(root, node)
+    found = _search(root, node, origin)
     if wrapper is not None:
         state = _at(found, tuple(wrapper), origin)
     elif not found.states:
@@ -105,44 +105,46 @@ def pick_state(
     return state
 
 
-def _search(root: Any, node: type[Node]) -> _Found:
+def _search(root: Any, node: type[Node], origin: str) -> _Found:
     found = _Found()
+    if node.tensor(root, "", origin) is not None:
+        return found
     queue: list[tuple[Any, tuple[str, ...]]] = [(root, ())]
     seen: set[int] = set()
     while queue:
         value, path = queue.pop()
-        children = _children_of(value, node)
+        children = _children_of(value, node, origin)
         if id(value) in seen or len(path) > MAX_DEPTH or children is None:
             continue
         seen.add(id(value))
-        if "param_groups" in children or _only_moments(children, node) or (path and _TRAINING.search(path[-1].lower())):
+        training = "param_groups" in children or (path and _TRAINING.search(path[-1].lower()))
+        tensors = {} if training else _tensors_of(children, node, origin)
+        if training or _only_moments(tensors):
             found.optimizers.append(path)
             continue
-        _collect(children, path, node, found)
-        queue.extend((child, (*path, key)) for key, child in reversed(list(children.items())) if isinstance(key, str))
+        found.odd_keys += [key for key in tensors if not isinstance(key, str)]
+        others = {key: child for key, child in children.items() if isinstance(key, str) and key not in tensors}
+        _collect(children, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}, others, path, node, found)
+        queue.extend((child, (*path, key)) for key, child in reversed(others.items()))
     return found
 
 
-def _children_of(value: Any, node: type[Node]) -> Mapping[Any, Any] | None:
-    if node.tensor(value) is not None:
-        return None
+def _children_of(value: Any, node: type[Node], origin: str) -> Mapping[Any, Any] | None:
     mapping = node.mapping(value)
     if mapping is None and isinstance(value, list | tuple):
-        return {str(index): item for index, item in enumerate(cast("Sequence[Any]", value)[:100]) if node.tensor(item) is None}
+        items = enumerate(cast("Sequence[Any]", value)[:100])
+        return {str(index): item for index, item in items if node.tensor(item, str(index), origin) is None}
     return mapping
 
 
-def _collect(children: Mapping[Any, Any], path: tuple[str, ...], node: type[Node], found: _Found) -> None:
-    tensors: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for key, child in children.items():
-        tensor = node.tensor(child)
-        if not isinstance(key, str):
-            found.odd_keys += [key] if tensor is not None else []
-        elif tensor is not None:
-            tensors[key] = tensor
-        else:
-            others[key] = child
+def _tensors_of(children: Mapping[Any, Any], node: type[Node], origin: str) -> dict[Any, Any]:
+    found = ((key, node.tensor(child, str(key), origin)) for key, child in children.items())
+    return {key: tensor for key, tensor in found if tensor is not None}
+
+
+def _collect(
+    children: Mapping[Any, Any], tensors: dict[str, Any], others: dict[str, Any], path: tuple[str, ...], node: type[Node], found: _Found
+) -> None:
     if tensors:
         nodes = {key: children[key] for key in tensors}
         found.states.append(State(path, tensors, others, nodes, getattr(children, "attributes", None)))
@@ -150,9 +152,8 @@ def _collect(children: Mapping[Any, Any], path: tuple[str, ...], node: type[Node
         found.parents[path] = children
 
 
-def _only_moments(children: Mapping[Any, Any], node: type[Node]) -> bool:
-    tensors = [str(key).rpartition(".")[2] for key, child in children.items() if node.tensor(child) is not None]
-    return len(tensors) > 0 and sum(name in _MOMENTS for name in tensors) > 0.9 * len(tensors)
+def _only_moments(tensors: Mapping[Any, Any]) -> bool:
+    return len(tensors) > 0 and sum(str(key).rpartition(".")[2] in _MOMENTS for key in tensors) > 0.9 * len(tensors)
 
 
 def _joined(found: _Found) -> Iterable[State]:
@@ -258,7 +259,7 @@ def _nothing(root: Any, node: type[Node], found: _Found, origin: str, needs_code
         return CheckpointError(
             f"{origin} holds an optimizer state ({_show(found.optimizers[0])}) but no weights; pass the model's checkpoint"
         )
-    if node.tensor(root) is not None:
+    if node.tensor(root, "", origin) is not None:
         return CheckpointError(f"{origin} is a single tensor, not a mapping of names to tensors")
     children = node.mapping(root)
     if children is None:

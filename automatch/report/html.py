@@ -14,7 +14,7 @@ from automatch.report.pagedata import page_data, script_json
 from automatch.report.templates import asset, render
 from automatch.report.view import build_view
 
-APP = tuple(f"js/{name}.js" for name in ("text", "model", "export", "rows", "list", "detail", "tangle", "app"))
+APP = tuple(f"js/{name}.js" for name in ("text", "model", "export", "rows", "list", "detail", "tangle", "glance", "app"))
 STYLES = ("tokens.css", "page.css", "keys.css")
 DOCUMENT = "document.css"
 

@@ -59,25 +59,25 @@ def missing_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
     """The model's keys that nothing feeds, harmful ones first; harmless is what `load` does not refuse."""
     fed = {match.target for match in mapping.matches}
     tied = _tied(mapping.target, fed, "which is fed")
-
-    def reason(key: str, spec: TensorSpec | None) -> str:
-        if key in tied:
-            return tied[key]
-        if spec is not None and spec.kind is not None:
-            return (_reason(key, spec) or CONSTANT) if is_harmless(spec) else ""
-        return "" if _LOSS.search(key) else _reason(key, spec)
-
-    return _group(mapping.missing_keys, mapping.target, reason)
+    return _group(mapping.missing_keys, mapping.target, lambda key, spec: tied.get(key) or harmless_missing(key, spec))
 
 
 def unexpected_leftovers(mapping: KeyMapping) -> tuple[Leftover, ...]:
     """The checkpoint's keys that feed nothing, those that may matter first."""
     used = {key for match in mapping.matches for key in match.sources}
     tied = _tied(mapping.source, used, "which is used")
-    return _group(mapping.unexpected_keys, mapping.source, lambda key, spec: tied.get(key) or _reason(key, spec))
+    return _group(mapping.unexpected_keys, mapping.source, lambda key, spec: tied.get(key) or harmless_unexpected(key, spec))
 
 
-def _reason(key: str, spec: TensorSpec | None) -> str:
+def harmless_missing(key: str, spec: TensorSpec | None) -> str:
+    """Why it does no harm if nothing feeds this model key, ties apart; empty if it may."""
+    if spec is not None and spec.kind is not None:
+        return (harmless_unexpected(key, spec) or CONSTANT) if is_harmless(spec) else ""
+    return "" if _LOSS.search(key) else harmless_unexpected(key, spec)
+
+
+def harmless_unexpected(key: str, spec: TensorSpec | None) -> str:
+    """Why it does no harm if this checkpoint key feeds nothing, ties apart; empty if it may."""
     leaf = key.rpartition(".")[2]
     shape = spec.shape if spec else None
     if _LOSS.search(key):

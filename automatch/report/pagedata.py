@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from automatch.mapping import CONFIDENT, KeyMapping, Match, Side
+from automatch.report.leftovers import harmless_missing, harmless_unexpected
 from automatch.report.view import View
 from automatch.report.wording import transform_text
 from automatch.specs import TensorSpec
@@ -71,7 +72,10 @@ class _Packer:
             "sides": sides,
             "matches": matches,
             "groups": [[g.pattern, g.replacement, g.transform, g.where] for g in view.groups],
-            "harmless": [self._harmless(view.unexpected, self.source_places), self._harmless(view.missing, self.target_places)],
+            "harmless": [
+                _harmless(mapping.source, self.sources, harmless_unexpected),
+                _harmless(mapping.target, self.targets, harmless_missing),
+            ],
             "questions": questions,
             "warnings": list(mapping.warnings),
             "verdict": {"kind": verdict.kind, "text": verdict.text, "causes": list(verdict.causes)} if verdict else None,
@@ -138,13 +142,19 @@ class _Packer:
         ]
         return {"id": question.id, "text": question.text, "keys": [self.target_places[key] for key in question.keys], "options": options}
 
-    def _harmless(self, leftovers: Iterable[Any], places: dict[str, int]) -> list[list[Any]]:
-        return [[left.harmless, [places[key] for key in left.keys if key in places]] for left in leftovers if left.harmless]
-
 
 def page_data(mapping: KeyMapping, view: View) -> dict[str, Any]:
     """Everything the page needs to show ``mapping``, and to write it back as JSON after decisions."""
     return _Packer(mapping, view).pack()
+
+
+def _harmless(side: Side, keys: Iterable[str], reason_of: Callable[[str, TensorSpec | None], str]) -> list[tuple[str, list[int]]]:
+    """Every reason for which keys do no harm when they are left over, with the places of those keys; the page sees to ties."""
+    specs = {tensor.key: tensor for tensor in side.spec} if side.spec else {}
+    places: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(reason_of(key, specs.get(key)), []).append(place)
+    return [(reason, found) for reason, found in places.items() if reason]
 
 
 def _keys(side: Side, named: Iterable[str]) -> list[str]:

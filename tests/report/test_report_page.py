@@ -132,6 +132,34 @@ def test_the_page_and_python_put_the_same_decisions_into_a_mapping(browser: Any,
     ]
 
 
+def glance(browser: Any) -> tuple[str, list[str], list[str]]:
+    def texts(css: str) -> list[str]:
+        found = browser.find_elements("css selector", f".am-glance {css}")
+        return ["".join(element.get_attribute("textContent").split()) for element in found]
+
+    rects = browser.find_elements("css selector", ".am-glance .bar rect")
+    widths = [f"{float(rect.get_attribute('width')):.1f}" for rect in rects]
+    return browser.find_element("css selector", ".am-glance .bar").get_attribute("aria-label"), [*texts("h2"), *widths], texts("li")
+
+
+def test_coverage_and_confidence_follow_every_decision(browser: Any, tmp_path: Path) -> None:
+    show(browser, zoo.transformer(), tmp_path / "page.html")
+    first = glance(browser)
+    click(browser, "fieldset label", "norm_b is norm1")
+    search(browser, "embed.weight")
+    press(browser, "jjr")
+    changed = glance(browser)
+    assert changed[0] == "21 of 29 model keys fed: 20 confident, 1 withheld, 4 missing, 4 missing but harmless"
+    decided = automatch.KeyMapping.load(export(browser))
+    click(browser, ".am-clear")
+    assert glance(browser) == first
+    page = decided.to_html(tmp_path / "decided.html").read_text(encoding="utf-8")
+    static = page.partition('<section class="am-glance"')[2].partition("</section>")[0]
+    browser.get("about:blank")
+    browser.execute_script("document.body.innerHTML = `<section class='am-glance'>${arguments[0]}</section>`", static.partition(">")[2])
+    assert glance(browser) == changed
+
+
 def test_decisions_survive_closing_the_page(browser: Any, tmp_path: Path) -> None:
     show(browser, zoo.transformer(), tmp_path / "page.html")
     click(browser, "fieldset label", "norm_a is norm1")

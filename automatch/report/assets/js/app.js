@@ -9,6 +9,7 @@ class App {
     this.list = new KeyList(root, this.rows, (entry) => this.detail.show(entry));
     this.detail = new Detail(root, this.rows, (what, decision) => this.act(what, decision));
     this.find = (selector) => root.querySelector(selector);
+    this.glance = new Glance(root, this.review);
     this.bindTools();
     this.bindQuestions();
     this.list.rebuild(false);
@@ -151,6 +152,7 @@ class App {
     this.find(".am-open").textContent = this.whatIsOpen(counts);
     this.find(".am-clear").hidden = total === 0;
     for (const radio of this.radios) radio.checked = (review.answers.get(Number(radio.dataset.question)) ?? -1) === Number(radio.value);
+    this.glance.draw();
     if (changed) {
       if (this.tangle) this.tangle.draw();
       this.host.changed(review.payload());

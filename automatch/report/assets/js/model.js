@@ -9,6 +9,15 @@ function decodeKeys(coded) {
 const listed = (places) => (typeof places === "number" ? [places] : places);
 const sameList = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
 
+// The places of keys that are one tensor, in order.
+function tiesOf({ alias }) {
+  const groups = new Map();
+  for (const [place, first] of Object.entries(alias)) {
+    if (first >= 0) groups.set(first, [...(groups.get(first) || [first]), Number(place)]);
+  }
+  return [...groups.values()].map((places) => places.sort((a, b) => a - b));
+}
+
 class Review {
   constructor(data) {
     this.data = data;
@@ -18,11 +27,8 @@ class Review {
     this.matchAt = new Int32Array(this.target.keys.length).fill(-1);
     data.matches.target.forEach((target, i) => (this.matchAt[target] = i));
     this.wasDecided = new Set(data.matches.decided);
-    this.harmless = data.harmless.map((groups) => {
-      const reasons = new Map();
-      for (const [reason, places] of groups) for (const place of places) reasons.set(place, reason);
-      return reasons;
-    });
+    this.reasons = data.harmless.map((groups) => new Map(groups.flatMap(([reason, places]) => places.map((place) => [place, reason]))));
+    this.ties = this.sides.map((side) => tiesOf(side));
     this.decisions = new Map();
     this.answers = new Map();
     this.refresh();
@@ -104,6 +110,20 @@ class Review {
       const now = this.current(target);
       if (now) for (const source of now.sources) this.used[source] = 1;
     }
+    this.harmless = [this.harmlessOf(0, (s) => this.used[s], "which is used"), this.harmlessOf(1, (t) => this.current(t), "which is fed")];
+  }
+
+  // Why keys that are left over do no harm: what they are, or that a key with the same tensor is not left over.
+  harmlessOf(side, isDone, state) {
+    const found = new Map();
+    for (const [place, reason] of this.reasons[side]) if (!isDone(place)) found.set(place, reason);
+    for (const places of this.ties[side]) {
+      const done = places.find(isDone);
+      if (done === undefined) continue;
+      const reason = `tied to ${short(this.sides[side].keys[done], 120)}, ${state}`;
+      for (const place of places) if (!isDone(place)) found.set(place, reason);
+    }
+    return found;
   }
 
   transformPlace(step) {

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from automatch.adapt import explain_mismatch, resized_source
 from automatch.apply import convert, open_source
-from automatch.errors import CheckpointError, ModelError
+from automatch.errors import CheckpointError, LoadError, ModelError
 from automatch.mapped import MappedCheckpoint
 from automatch.mapping import CONFIDENT, KeyMapping
 from automatch.planning import LoadPlan, MappingLike, plan_load
 from automatch.prepare import cast_warnings, prepare_state
 from automatch.readers import Checkpoint, as_open_checkpoint, open_checkpoint
+from automatch.readers._quantised import packing_of
 from automatch.refusal import shorten
-from automatch.specs import StateSpec, spec_of_model
+from automatch.specs import StateSpec, dtype_name, spec_of_model
 from automatch.transforms import Copy
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def load(
 ) -> LoadReport:
     """Load a checkpoint whose keys do not fit into a model: propose, apply what is confident, all or nothing.
 
-    A model on the meta device takes over the pages of the file (as with ``torch.load(mmap=True)`` and ``assign=True``): they
+    A model on the meta device takes over the pages of the file (as with ``torch.load(mmap=True)`` and safetensors' own `load_file`): they
     are read when they are used. Writing to the model does not change the file, and the file may be deleted, or replaced by
     renaming another one over it; but whoever writes into it or cuts it short while the model lives (`torch.save` to the same
     path does) changes the weights or kills the process. ``load(model, torch.load(path))`` keeps them in memory. A
@@ -137,8 +138,27 @@ def _load(
 
 
 def values_of(plan: LoadPlan, current: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read and check every tensor that ``plan`` feeds to the model whose own tensors are ``current``."""
+    """Read and check every tensor that ``plan`` feeds to the model whose own tensors are ``current``.
+
+    Raises:
+        LoadError: a tensor cannot be loaded without changing what its values mean.
+    """
+    _refuse_packed(plan, current, checkpoint.spec)
     return prepare_state(plan.target, dict(convert(plan.chosen.matches, checkpoint, plan.target, current)), current)
+
+
+def _refuse_packed(plan: LoadPlan, current: Mapping[str, torch.Tensor], source: StateSpec) -> None:
+    """Quantised values are numbers without their scales: PyTorch would cast 8-bit floats to the model's dtype as they are."""
+    for match in plan.chosen.matches:
+        for key in match.sources:
+            dtype = source[key].dtype
+            packing = packing_of(key, source) if dtype != dtype_name(current[match.target].dtype) else None
+            if packing is not None:
+                raise LoadError(
+                    f"{key!r} of {source.origin or 'the checkpoint'} is quantised ({packing}, {dtype}), the model's {match.target!r} is "
+                    f"{dtype_name(current[match.target].dtype)}; dequantise the checkpoint with the library that packed it, "
+                    "the model is unchanged"
+                )
 
 
 def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> LoadReport:

@@ -9,9 +9,11 @@ from handmade import assert_unchanged, mapping_of, snapshot_of
 from torch import nn
 
 import automatch
+from automatch.atomic import replace_values
 from automatch.errors import AutomatchError, CheckpointError, LoadError, MappingError, ModelError
 from automatch.mapped import MappedCheckpoint
 from automatch.mapping import Match, Option, Question
+from automatch.readers._base import SourceFile
 from automatch.specs import spec_of_state_dict
 from automatch.transforms import Concat, Permute, Slice
 
@@ -384,6 +386,76 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(large, monkeypatch):
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         automatch.load(model, path, mapping=mapping)
     assert_unchanged(model, before)
+
+
+def test_a_file_that_changes_while_its_values_are_copied_is_said(large, monkeypatch):
+    path, _, feeds = large
+    model = nn.Linear(200, 300)
+    mapping = mapping_of(model, path, feeds)
+
+    def changing(model, state):
+        replace_values(model, state)
+        with path.open("ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr("automatch.atomic.replace_values", changing)
+    with pytest.raises(CheckpointError, match=r"was changed while it was read.*may hold values of both files"):
+        automatch.load(model, path, mapping=mapping)
+
+
+def test_a_model_outlives_its_file(large):
+    """One with memory of its own whatever happens to the file; one that took over its pages if the file goes or is replaced."""
+    path, values, feeds = large
+    model = nn.Linear(200, 300)
+    with torch.device("meta"):
+        taken_over = nn.Linear(200, 300)
+    for one in (model, taken_over):
+        automatch.load(one, path, mapping=mapping_of(one, path, feeds))
+    other = path.with_name("other")
+    other.write_bytes(bytes(path.stat().st_size))
+    other.replace(path)
+    assert torch.equal(taken_over.weight, values["w"])
+    path.unlink()
+    assert torch.equal(taken_over.weight, values["w"])
+    path.write_bytes(b"")
+    assert torch.equal(model.weight, values["w"])
+
+
+def test_a_model_that_is_loaded_from_memory_needs_no_file(large):
+    path, values, feeds = large
+    state = torch.load(path) if path.suffix == ".pt" else safetensors.torch.load(path.read_bytes())
+    with torch.device("meta"):
+        model = nn.Linear(200, 300)
+    automatch.load(model, state, mapping=mapping_of(model, state, feeds))
+    path.write_bytes(b"")
+    assert torch.equal(model.weight, values["w"])
+
+
+def test_a_load_opens_its_file_once(large, monkeypatch):
+    path, values, _ = large
+    opened = []
+    monkeypatch.setattr(SourceFile, "__init__", lambda self, name, real=SourceFile.__init__: (opened.append(name), real(self, name))[1])
+    model = nn.ModuleDict({"inner": nn.Linear(200, 300)})
+    renamed = {"weight": values["w"], "bias": values["b"]}
+    torch.save(renamed, path) if path.suffix == ".pt" else safetensors.torch.save_file(renamed, path)
+    automatch.load(model, path)
+    assert torch.equal(model["inner"].weight, values["w"])
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight", "scale"])
+def test_eight_bit_floats_are_not_loaded_without_their_scales(scale):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(4))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state |= {"0.weight": state["0.weight"].to(torch.float8_e4m3fn), f"0.{scale}": torch.ones(1)}
+    before = snapshot_of(model)
+    mapping = mapping_of(model, state, {key: key for key in model.state_dict()})
+    with pytest.raises(LoadError, match=r"'0\.weight' of state_dict is quantised \(8-bit floats with scales.*dequantise"):
+        automatch.load(model, state, mapping=mapping)
+    assert_unchanged(model, before)
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)  # this one knows what to do with them
+    automatch.load(model, state, mapping=mapping_of(model, state, {key: key for key in model.state_dict()}))
+    assert torch.equal(model[0].weight.view(torch.uint8), state["0.weight"].view(torch.uint8))
 
 
 def test_a_buffer_that_cannot_be_written_to_fails_the_load_and_nothing_else():

@@ -16,6 +16,7 @@ from automatch.convert.torch_file import write_torch
 from automatch.errors import CheckpointError
 from automatch.mapping import KeyMapping
 from automatch.readers import OpenCheckpoint, as_open_checkpoint, open_checkpoint
+from automatch.readers._quantised import packing_of
 
 __all__ = ["Conversion", "Progress", "convert_checkpoint"]
 
@@ -69,7 +70,8 @@ def convert_checkpoint(
                 _verify(temporary, wrapper, plan, content)
             source.check_unchanged()
     moved = sum(item.regions is not None for item in plan)
-    return Conversion(path, len(plan), total, moved, verify, _notes(suffix, source))
+    notes = (*_notes(suffix, source), *_packed_notes(plan, source))
+    return Conversion(path, len(plan), total, moved, verify, notes)
 
 
 def _write(
@@ -101,6 +103,16 @@ def _verify(path: Path, wrapper: tuple[str, ...], plan: tuple[Planned, ...], con
 
 
 def _notes(suffix: str, source: OpenCheckpoint) -> tuple[str, ...]:
-    if suffix in _TORCH_SUFFIXES or not source.spec.wrapper or source.tree is None:
+    if not source.spec.wrapper or (suffix in _TORCH_SUFFIXES and source.tree is not None):
         return ()
+    if source.tree is None:
+        held = ".".join(source.spec.wrapper)
+        return (f"only the weights at {held!a} were converted: whatever else {source.spec.origin} holds (an optimizer, …) is not in it",)
     return ("safetensors holds tensors only: whatever else the checkpoint held is not in it; write a .ckpt to keep it",)
+
+
+def _packed_notes(plan: tuple[Planned, ...], source: OpenCheckpoint) -> tuple[str, ...]:
+    packed = [item.key for item in plan if any(packing_of(key, source.spec) for key in item.match.sources)]
+    if not packed:
+        return ()
+    return (f"{len(packed)} tensors are quantised and were written as they are packed (e.g. {packed[0]!a}); they need their scales",)

@@ -11,27 +11,36 @@ def quantised_note(spec: StateSpec) -> str | None:
     """One sentence on the packed tensors of a checkpoint, or None if it has none."""
     kinds: Counter[str] = Counter()
     example: dict[str, str] = {}
-    for tensor in spec:
-        kind = _kind(tensor.key, tensor.dtype, spec)
+    for key in spec.keys:
+        kind = packing_of(key, spec)
         if kind is not None:
             kinds[kind] += 1
-            example.setdefault(kind, tensor.key)
+            example.setdefault(kind, key)
     if not kinds:
         return None
     listed = ", ".join(f"{count} by {kind} (e.g. {example[kind]!a})" for kind, count in kinds.items())
     return f"the checkpoint is quantised: {listed}; packed tensors are no plain weights; dequantise it first"
 
 
-def _kind(key: str, dtype: str, spec: StateSpec) -> str | None:
-    owner, _, leaf = key.rpartition(".")
+def packing_of(key: str, spec: StateSpec) -> str | None:
+    """How the tensor of ``key`` is packed, told by its dtype and what lies beside it; None for a plain tensor."""
+    dtype = spec[key].dtype
+    owner, dot, leaf = key.rpartition(".")
     if leaf == "qweight" and f"{owner}.qzeros" in spec and f"{owner}.scales" in spec:
         return "GPTQ" if f"{owner}.g_idx" in spec else "AWQ"
-    if leaf != "weight":
-        return None
     if dtype == "uint8" and (f"{key}.quant_map" in spec or f"{key}.absmax" in spec):
         return "bitsandbytes 4-bit"
-    if dtype == "int8" and (f"{owner}.SCB" in spec or f"{owner}.weight_format" in spec):
+    if dtype == "int8" and leaf == "weight" and (f"{owner}.SCB" in spec or f"{owner}.weight_format" in spec):
         return "bitsandbytes 8-bit"
-    if dtype.startswith("float8") and (f"{owner}.weight_scale" in spec or f"{owner}.weight_scale_inv" in spec):
+    if dtype == "uint8" and leaf.endswith("_blocks") and f"{key.removesuffix('blocks')}scales" in spec:
+        return "4-bit blocks with scales"
+    scales = (f"{key}_scale", f"{key}_scale_inv", f"{owner}{dot}scale_{leaf}")
+    if (
+        dtype.startswith("float8")
+        and "scale" not in leaf
+        and any(k in spec for k in (*scales, f"{owner}{dot}scale", f"{owner}{dot}scales"))
+    ):
         return "8-bit floats with scales"
+    if dtype in ("int8", "uint8") and any(k in spec for k in scales):
+        return "integers with scales"
     return None

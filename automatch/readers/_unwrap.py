@@ -97,9 +97,9 @@ def pick_state(
     elif not found.states:
         raise _nothing(root, node, found, origin, needs_code)
     elif like is not None and len(like):
-        state = _best_fit([*found.states, *_joined(found)], like, node)
+        state = _best_fit(_choices(found), like, node)
     else:
-        state = _largest([*found.states, *_joined(found)], node)
+        state = _largest(_choices(found), node)
     check_count(len(state.tensors), origin)
     check_keys(state.tensors, origin)
     return state
@@ -174,6 +174,12 @@ def _joined(found: _Found) -> Iterable[State]:
             nodes |= {prefix + key: other for key, other in state.nodes.items()}
         if len(parts) > 1 and len(tensors) == sum(len(state.tensors) for state in parts):
             yield State((*path, JOINED), tensors, others, nodes)
+
+
+def _choices(found: _Found) -> list[State]:
+    """Every set of weights, and of those that join the same tensors the innermost."""
+    innermost = {frozenset(map(id, s.tensors.values())): s for s in sorted(_joined(found), key=lambda s: len(s.path))}
+    return [*found.states, *innermost.values()]
 
 
 def _at(found: _Found, wrapper: tuple[str, ...], origin: str) -> State:

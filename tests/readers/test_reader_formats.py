@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, safe_open, save_file
 
 from automatch import CheckpointError, MissingExtraError, UnsafeCheckpointError, open_checkpoint
+from automatch.cli import main
+from automatch.specs import StateSpec, TensorSpec
 
 DATA = Path(__file__).with_name("data")
 
@@ -115,6 +118,10 @@ def test_keras_weights_without_the_optimizer(name):
     pytest.importorskip("h5py")
     with open_checkpoint(DATA / name) as checkpoint:
         check_counted(checkpoint, KERAS)
+    like = StateSpec(tuple(TensorSpec(key, shape, "float32") for key, shape in KERAS.items()))
+    with open_checkpoint(DATA / name, like=like) as checkpoint:  # the same weights, under the same keys
+        check_counted(checkpoint, KERAS)
+        assert checkpoint.spec.notes == ()
 
 
 def test_gguf_agrees_with_its_own_library():
@@ -169,11 +176,19 @@ def packed(kind: str) -> dict[str, torch.Tensor]:
         "bitsandbytes 4-bit": {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_map": torch.float32},
         "bitsandbytes 8-bit": {"weight": torch.int8, "SCB": torch.float32},
         "8-bit floats with scales": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
+        "integers with scales": {"weight": torch.int8, "weight_scale": torch.float32},
+        "4-bit blocks with scales": {"experts_blocks": torch.uint8, "experts_scales": torch.uint8},
     }[kind]
     return whole | {f"layers.0.q.{leaf}": torch.zeros(4, 4).to(dtype) for leaf, dtype in layer.items()}
 
 
-@pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "bitsandbytes 4-bit", "bitsandbytes 8-bit", "8-bit floats with scales"])
+KINDS = [
+    "GPTQ", "AWQ", "bitsandbytes 4-bit", "bitsandbytes 8-bit", "8-bit floats with scales", "integers with scales",
+    "4-bit blocks with scales",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_weights_are_recognised(tmp_path, kind):
     save_file(packed(kind), tmp_path / "m.safetensors")
     for source in (tmp_path / "m.safetensors", packed(kind)):
@@ -181,7 +196,18 @@ def test_packed_weights_are_recognised(tmp_path, kind):
         assert f"1 by {kind} (e.g. 'layers.0.q." in note
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_says_that_weights_are_packed(tmp_path, kind):
+    save_file(packed(kind), tmp_path / "m.safetensors")
+    save_file({"embed.weight": torch.zeros(4, 8), "blocks.0.q.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    result = CliRunner().invoke(main, ["propose", str(tmp_path / "m.safetensors"), "-m", str(tmp_path / "model.safetensors")])
+    assert result.exit_code == 1
+    assert f"the checkpoint is quantised: 1 by {kind}" in " ".join(result.stdout.split())
+
+
 def test_plain_weights_are_not_called_quantised():
+    plain_floats = {"weight": torch.zeros(2, 2).to(torch.float8_e4m3fn), "bias": torch.zeros(2)}
+    assert open_checkpoint(plain_floats).spec.notes == ()
     state = {"weight": torch.zeros(2, 2, dtype=torch.int8), "scales": torch.zeros(2), "a.qweight": torch.zeros(2)}
     assert open_checkpoint(state).spec.notes == ()
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 
 from automatch.mapping import KeyMapping, Match
 from automatch.report.collapse import collapse
-from automatch.report.wording import short, transform_text, visible
+from automatch.report.wording import short, transform_text
 from automatch.transforms import to_dict
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+MAX_FACTS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +47,23 @@ def group_by_rule(mapping: KeyMapping) -> tuple[Group, ...]:
         if rows:
             matches = [mapping.matches[row] for row in rows]
             words = dict.fromkeys(transform_text(match.transform) for match in matches)
-            transform = next(iter(words)) if len(words) == 1 else visible(rule.transform)
+            transform = next(iter(words)) if len(words) == 1 else _facts(rule.transform)
             confidence = min(match.confidence for match in matches)
-            groups.append(Group(short(rule.pattern), short(rule.replacement), transform, confidence, rows, visible(rule.where)))
+            groups.append(
+                Group(
+                    short(rule.pattern),
+                    short(rule.replacement),
+                    transform,
+                    confidence,
+                    rows,
+                    short(rule.where, MAX_FACTS) if rule.where else "",
+                )
+            )
     return tuple(sorted(groups, key=lambda group: -len(group.rows)))
+
+
+def _facts(text: str) -> str:
+    return short(text, MAX_FACTS) if text else ""
 
 
 def narrowed(mapping: KeyMapping, groups: Iterable[Group], positions: Set[int]) -> tuple[Group, ...]:

@@ -47,7 +47,7 @@ def _head(view: View) -> list[str]:
     blocks = [f"### {view.title}: {code(view.source)} → {code(view.target)}", plain(view.headline)]
     facts = [*(f"cause: {plain(cause)}" for cause in view.causes), f"{view.fed_text}: {numbers}"]
     facts += [f"confidence: {bins}"] if bins else []
-    facts += [f"⚠ {plain(warning)}" for warning in view.warnings]
+    facts += [f"⚠ {plain(warning.text)}{f' ({warning.more})' if warning.others else ''}" for warning in view.warnings]
     return [*blocks, "\n".join(f"- {fact}" for fact in facts)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from automatch.mapping import KeyMapping
 from automatch.report.groups import Group
 from automatch.report.leftovers import Leftover
-from automatch.report.view import QuestionView, Row, View, build_view
+from automatch.report.view import QuestionView, Row, View, WarningView, build_view
 from automatch.report.wording import count, percent, short
 
 if TYPE_CHECKING:
@@ -56,8 +56,15 @@ def _parts(view: View, all_keys: bool) -> Iterator[RenderableType]:
     if view.warnings:
         yield _section("Warnings", "")
         for warning in view.warnings:
-            yield _line(("  ! ", "yellow"), warning)
+            yield from _warning(warning, all_keys)
     yield _section("Next", view.next_step)
+
+
+def _warning(warning: WarningView, all_keys: bool) -> Iterator[RenderableType]:
+    more = f" ({warning.more}: --all)" if warning.others and not all_keys else ""
+    yield _line(("  ! ", "yellow"), warning.text + more)
+    for other in warning.others if all_keys else ():
+        yield _line(("  ! ", "yellow"), other)
 
 
 Piece = str | tuple[str, str]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ TITLES = {
     "different": "Different architecture",
     "unknown": "Not recognised",
 }
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 _BINS = ((0.99, "99% and more"), (0.95, "95–99%"), (0.8, "80–95%"), (0.5, "50–80%"), (0.0, "below 50%"))
 
 
@@ -76,6 +78,19 @@ class QuestionView:
 
 
 @dataclass(frozen=True, slots=True)
+class WarningView:
+    """A warning, and those that differ from it in keys and numbers alone."""
+
+    text: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def more(self) -> str:
+        """How many like it there are, in words; empty for none."""
+        return f"and {len(self.others):,} more like it" if self.others else ""
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """Everything a report says.
 
@@ -94,7 +109,7 @@ class View:
         missing: keys of the model that nothing feeds.
         unexpected: keys of the checkpoint that feed nothing.
         bins: (label, number of matches) of the confidence histogram, surest first.
-        warnings: what to know before loading.
+        warnings: what to know before loading, one line per kind.
         next_step: what to do now.
     """
 
@@ -112,7 +127,7 @@ class View:
     missing: tuple[Leftover, ...]
     unexpected: tuple[Leftover, ...]
     bins: tuple[tuple[str, int], ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[WarningView, ...]
     next_step: str
 
     @property
@@ -190,7 +205,7 @@ def build_view(mapping: KeyMapping) -> View:
         missing=missing,
         unexpected=unexpected,
         bins=_bins(rows),
-        warnings=tuple(short(warning, MAX_TEXT) for warning in mapping.warnings),
+        warnings=_warnings(mapping.warnings),
         next_step=_next_step(mapping, rows, missing),
     )
 
@@ -250,6 +265,13 @@ def _question(question: Question) -> QuestionView:
 
 def _example(match: Match) -> str:
     return f"{' + '.join(short(key, 120) for key in match.sources)} → {short(match.target, 120)}"
+
+
+def _warnings(warnings: Iterable[str]) -> tuple[WarningView, ...]:
+    kinds: dict[str, list[str]] = {}
+    for warning in warnings:
+        kinds.setdefault(_VARYING.sub("#", warning), []).append(short(warning, MAX_TEXT))
+    return tuple(WarningView(first, tuple(others)) for first, *others in kinds.values())
 
 
 def _bins(rows: tuple[Row, ...]) -> tuple[tuple[str, int], ...]:

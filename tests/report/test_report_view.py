@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 import automatch
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.refusal import is_harmless
+from automatch.report.html import render_html
 from automatch.report.leftovers import missing_leftovers, unexpected_leftovers
 from automatch.report.markdown import render_markdown
 from automatch.report.terminal import print_report, render_text
@@ -159,3 +161,23 @@ def test_a_notebook_fragment_has_no_script_and_no_request() -> None:
         assert "<img" not in fragment
         assert "http" not in fragment
         assert "url(" not in fragment
+
+
+def test_warnings_that_differ_in_keys_and_numbers_alone_are_one_line() -> None:
+    repeated = [f"index shift: {n} keys like 'layers.{n}.w' take 'layers.{n + 1}.w'" for n in range(1, 6)]
+    mapping = dataclasses.replace(zoo.transformer(), warnings=(repeated[0], "something else", *repeated[1:]))
+    lines = [line.strip() for line in mapping.report().splitlines() if line.startswith("  ! ")]
+    assert lines == [f"! {repeated[0]} (and 4 more like it:", "! something else"]
+    assert sum(line.startswith("  ! index shift") for line in render_text(mapping, all_keys=True).splitlines()) == 5
+    assert render_markdown(mapping).count("index shift") == 1
+    for fragment in (mapping._repr_html_(), render_html(mapping).partition("<script")[0]):
+        assert fragment.count("index shift") == 5
+        assert "and 4 more like it</summary>" in fragment
+
+
+def test_a_long_value_table_is_cut_short() -> None:
+    keys = [f"a.{i}.w" for i in range(200)]
+    pairs = {f"b.{i * 7 % 211}.w": key for i, key in enumerate(keys)}
+    mapping = mapping_between([TensorSpec(key, (3,)) for key in keys], [TensorSpec(key, (3,)) for key in pairs], pairs)
+    assert len(str(mapping.rules[0])) > 1000
+    assert len(mapping.report()) < 3000

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from automatch.distributed._collection import no_collection
 from automatch.errors import AutomatchError, LoadError
 
 T = TypeVar("T")
@@ -141,7 +142,8 @@ class Crew:
             return value
         values = [value if self.leads else None]
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        dist.broadcast_object_list(values, src=source, group=self.group)
+        with no_collection():
+            dist.broadcast_object_list(values, src=source, group=self.group)
         return values[0]
 
     def count(self, name: str, amount: int) -> int:

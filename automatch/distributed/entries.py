@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from automatch.distributed._collection import no_collection
 from automatch.errors import LoadError, MappingError
 from automatch.mapping import KeyMapping, Match
 from automatch.transforms import Copy, Transform
@@ -54,6 +55,7 @@ class Entries:
     source_prefix: str
 
 
+@no_collection()
 def find_entries(
     mapping: KeyMapping,
     target: Mapping[str, Any],

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from automatch.distributed._collection import no_collection
 from automatch.distributed.boxes import Piece, cut, relative, sizes
 from automatch.distributed.chunks import box_of, is_elsewhere, local_chunks, narrow, seen_as_source, seen_as_target
 from automatch.distributed.entries import Entries, Entry, find_entries
@@ -114,6 +115,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
             raise LoadError("the planner has not been set up yet; torch.distributed.checkpoint.load does that")
         return self._entries
 
+    @no_collection()
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Find out what feeds each entry of the state_dict."""
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -127,6 +129,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
                 f"nothing in the checkpoint feeds {len(self._entries.missing)} entries: {shown}; complete the mapping, or load partially"
             )
 
+    @no_collection()
     def create_local_plan(self) -> LoadPlan:
         """One read per slice of a stored chunk that this rank's shards need; those that need whole sources come last."""
         self._reads, self.whole_reads, self.bytes_planned = [], [], 0

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from automatch.distributed._collection import no_collection
 from automatch.distributed._slices import StoredTensor, read_slice, stored_tensor
 from automatch.errors import CheckpointError, UnsafeCheckpointError
 
@@ -260,7 +261,7 @@ def identity(path: str | os.PathLike[str], *, times: bool = False) -> str:
 def _read_directory_metadata(root: Path, trust: bool) -> Metadata:
     path = root / ".metadata"
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, no_collection():
             metadata: Any = pickle.load(file) if trust else _MetadataUnpickler(file).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{str(path)!r} was not read: {error}") from error

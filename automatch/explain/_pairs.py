@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from automatch.rules import split_numbers
 
@@ -152,14 +154,21 @@ def _levels(sources: Sequence[str], targets: Sequence[str]) -> list[Renamed]:
 
 def _shifts(sources: Sequence[str], targets: Sequence[str]) -> list[Renamed]:
     """The same name with another number at one place: a layer was put in before, or taken out."""
-    by_template: defaultdict[tuple[str, ...], list[tuple[Row, str]]] = defaultdict(list)
+    others: defaultdict[tuple[tuple[str, ...], int, Row], list[tuple[int, str]]] = defaultdict(list)
     for target in targets:
         texts, numbers = split_numbers(target)
-        by_template[texts].append((numbers, target))
+        for place, number in enumerate(numbers):
+            others[texts, place, numbers[:place] + numbers[place + 1 :]].append((number, target))
+    for row in others.values():
+        row.sort()
     groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for source in sources:
         texts, numbers = split_numbers(source)
-        near = [(*moved, target) for others, target in by_template.get(texts, ()) if (moved := _moved(numbers, others))]
+        near = [
+            (found[0] - number, place, found[1])
+            for place, number in enumerate(numbers)
+            for found in _neighbours(others.get((texts, place, numbers[:place] + numbers[place + 1 :]), []), number)
+        ]
         if near:
             by, place, target = min(near, key=lambda candidate: (abs(candidate[0]), candidate[1:]))
             head = "".join(text + "*" for text in texts[:place]) + texts[place]
@@ -169,10 +178,10 @@ def _shifts(sources: Sequence[str], targets: Sequence[str]) -> list[Renamed]:
     return [Renamed("shift", *change, pairs) for change, pairs in sorted(kept.items(), key=lambda group: -len(group[1])) if pairs]
 
 
-def _moved(numbers: Row, others: Row) -> tuple[int, int] | None:
-    """By how much one number differs and which, where all others are equal."""
-    places = _different(numbers, others)
-    return (others[places[0]] - numbers[places[0]], places[0]) if len(places) == 1 else None
+def _neighbours(row: Sequence[tuple[int, str]], number: int) -> list[tuple[int, str]]:
+    """The entries of a sorted row with the next smaller and the next larger number."""
+    below, above = bisect_left(row, number, key=itemgetter(0)), bisect_right(row, number, key=itemgetter(0))
+    return [*row[max(below - 1, 0) : below], *row[above : above + 1]]
 
 
 def _different(numbers: Row, others: Row) -> list[int]:

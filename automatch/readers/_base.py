@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -77,7 +78,9 @@ class SourceFile(Bytes):
         try:
             self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+            reason = getattr(error, "strerror", None) or error
+            advice = "; raise the limit with ulimit -n" if getattr(error, "errno", None) == errno.EMFILE else ""
+            raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {reason}{advice}") from error
         found = os.fstat(self.fd)
         if not stat.S_ISREG(found.st_mode):
             self.close()

@@ -5,7 +5,8 @@ Not a test: it needs packages that the tests do not. To write them again::
     python -m venv .formats && .formats/bin/pip install flax keras gguf
     KERAS_BACKEND=jax .formats/bin/python tests/readers/make_files.py
 
-and, with torch instead of those packages: ``python tests/readers/make_files.py distributed``.
+and, with torch instead of those packages: ``python tests/readers/make_files.py distributed``; with lightning:
+``python tests/readers/make_files.py lightning``; with deepspeed (on the CPU): ``python tests/readers/make_files.py deepspeed``.
 """
 
 from __future__ import annotations
@@ -92,8 +93,74 @@ def write_distributed(rank: int) -> None:
     dist.destroy_process_group()
 
 
+def trained_model():
+    """A small network whose parameters count from 1, and stay as they are at a learning rate of 0."""
+    import torch
+    from torch import nn
+
+    net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.from_numpy(values(*parameter.shape)))
+    return net, torch.optim.AdamW(net.parameters(), lr=0.0)
+
+
+def write_lightning() -> None:
+    """What two ranks of Lightning's FSDP2 strategy write: a folder of shards and a `meta.pt`."""
+    import lightning
+    import torch
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Net(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.optimizer = None, None
+            self.save_hyperparameters({"width": 16})
+
+        def configure_model(self):
+            if self.net is None:
+                self.net, _ = trained_model()
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch, _):
+            return self.net(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.0)
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=True)
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=1, **options)
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.ones(8, 8), batch_size=4))
+    trainer.save_checkpoint(DATA / "lightning_fsdp.ckpt")
+
+
+def write_deepspeed() -> None:
+    """What one rank of DeepSpeed writes without partitioned weights."""
+    import os
+
+    rank = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29618", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", **rank}
+    import deepspeed
+    import torch
+
+    net, optimizer = trained_model()
+    config = {"train_batch_size": 4, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    engine.backward(engine(torch.ones(4, 8)).sum())
+    engine.step()
+    engine.save_checkpoint(DATA / "deepspeed")
+
+
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
+    if "lightning" in sys.argv:
+        write_lightning()
+        sys.exit()
+    if "deepspeed" in sys.argv:
+        write_deepspeed()
+        sys.exit()
     if "distributed" in sys.argv:
         import torch.multiprocessing
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from automatch import CheckpointError, UnsafeCheckpointError, open_checkpoint
-from automatch.specs import spec_of_model
 
 DATA = Path(__file__).with_name("data")
 
@@ -139,22 +139,40 @@ def test_a_key_that_is_not_in_its_shard_is_named(tmp_path):
 # ---- trainers' folders ----------------------------------------------------------------------------
 
 
-def test_deepspeed_folders(tmp_path):
-    """The layout of `DeepSpeedEngine.save_checkpoint`, also through Lightning, without partitioned weights."""
-    model = nn.Linear(3, 2)
-    folder = tmp_path / "last.ckpt"
-    (folder / "checkpoint").mkdir(parents=True)
-    content = {"module": model.state_dict(), "optimizer": None, "global_steps": 3, "ds_version": "0.14"}
-    torch.save(content, folder / "checkpoint" / "mp_rank_00_model_states.pt")
-    torch.save({"optimizer_state_dict": {}}, folder / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    (folder / "latest").write_text("checkpoint")
-    with open_checkpoint(folder, like=spec_of_model(model)) as checkpoint:
-        assert checkpoint.spec.wrapper == ("module",)
-        assert torch.equal(checkpoint.tensor("weight"), model.weight)
-    for rank in (0, 1):
-        torch.save({}, folder / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"DeepSpeed checkpoint in 3 partitions; join them with the zero_to_fp32\.py"):
-        open_checkpoint(folder)
+SHAPES = {"0.weight": (16, 8), "0.bias": (16,), "1.weight": (16,), "1.bias": (16,), "2.weight": (4, 16), "2.bias": (4,)}
+
+
+@pytest.mark.parametrize(("name", "prefix", "wrapper"), [("deepspeed", "", ("module",)), ("lightning_fsdp.ckpt", "net.", ("state_dict",))])
+def test_folders_that_trainers_wrote(name, prefix, wrapper):
+    """Of two ranks, where the trainer shards; every tensor counts from 1."""
+    with open_checkpoint(DATA / name) as checkpoint:
+        assert checkpoint.spec.wrapper == wrapper
+        assert {key.removeprefix(prefix): checkpoint.spec[key].shape for key in checkpoint.spec.keys} == SHAPES
+        for key in checkpoint.spec.keys:
+            assert torch.equal(checkpoint.tensor(key).reshape(-1), torch.arange(1.0, 1 + checkpoint.spec[key].numel)), key
+
+
+def test_partitioned_deepspeed_weights_are_named_with_the_way_out(tmp_path):
+    """The names that DeepSpeed gives the files of two ranks at ZeRO stage 3, in its own folder and in Lightning's."""
+    for folder in ("global_step1", "checkpoint"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / "latest").write_text(folder)
+        for rank in (0, 1):
+            torch.save({"module": {"w": torch.empty(0)}}, tmp_path / folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            torch.save({}, tmp_path / folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        with pytest.raises(CheckpointError, match=r"DeepSpeed checkpoint in 2 partitions; join them with the zero_to_fp32\.py"):
+            open_checkpoint(tmp_path)
+
+
+def test_more_shards_than_files_may_be_open_names_the_limit(tmp_path, monkeypatch):
+    index, _, _ = write_shards(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(CheckpointError, match=r"Too many open files; raise the limit with ulimit -n"):
+        open_checkpoint(index)
 
 
 @pytest.fixture

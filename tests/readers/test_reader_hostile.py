@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from hostile import DATA, SAFETENSORS, TORCH, bomb, entry, overlapping, safetensors, tensor, torch_zip, valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automatch import CheckpointError, open_checkpoint
-from automatch.readers import _limits
+from automatch.cli import main
+from automatch.readers import _limits, _pickle
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
@@ -27,6 +29,50 @@ def test_hostile_torch_files(tmp_path, case):
     content, words = TORCH[case]
     (tmp_path / "m.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+def test_the_command_line_refuses_every_hostile_file_in_one_line(tmp_path):
+    (tmp_path / "model.pt").write_bytes(torch_zip(tensor(b"K\x02K\x02\x86", b"K\x02K\x01\x86")))
+    cases = {
+        f"{kind} {case}": (f"m.{kind}", content)
+        for kind, all_of in (("safetensors", SAFETENSORS), ("pt", TORCH))
+        for case, (content, _) in all_of.items()
+    }
+    cases |= {"bomb": ("m.pt", bomb()), "overlapping": ("m.pt", overlapping())}
+    for case, (name, content) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        for command in (["propose", "--model", str(tmp_path / "model.pt")], ["inspect"]):
+            result = CliRunner().invoke(main, [command[0], str(tmp_path / name), *command[1:]])
+            assert (result.exit_code, result.stdout) == (2, ""), case
+            assert result.stderr.startswith("Error: "), case
+            assert result.stderr.removesuffix("\n").isprintable(), case
+
+
+def test_the_key_of_an_impossible_tensor_is_named(tmp_path):
+    nan = b"G" + struct.pack(">d", float("nan")) + b"\x85"
+    for shape, words in (
+        (nan, "the shape of 'w' in .*m.pt is not a list of integers"),
+        (b"K\x05\x85", r"'w' of .*m.pt has shape \[5\] and reaches"),
+    ):
+        (tmp_path / "m.pt").write_bytes(torch_zip(tensor(shape, b"K\x01\x85")))
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_header_of_ten_million_entries_is_not_read(tmp_path):
+    """A hundred bytes each, as the shortest real ones have; the file is sparse."""
+    with (tmp_path / "m.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 10**9) + b'{"a":')
+        file.truncate(2 * 10**9)
+    with pytest.raises(CheckpointError, match="declares 1000000000 bytes"):
+        open_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_pickle_of_more_operations_than_any_checkpoint_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pickle, "MAX_PICKLE_OPCODES", 100)
+    (tmp_path / "m.pt").write_bytes(torch_zip(b"\x80\x02" + b"N0" * 60 + b"}."))
+    with pytest.raises(CheckpointError, match="more than 100 operations"):
         open_checkpoint(tmp_path / "m.pt")
 
 

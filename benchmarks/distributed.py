@@ -1,15 +1,17 @@
 """Loading and converting with several ranks beside plain `torch.distributed.checkpoint`; and what 100,000 keys cost.
 
-    python benchmarks/distributed.py --folder /tmp/bench --gigabytes 4 --ranks 2 --repeats 3
+    python benchmarks/distributed.py --folder /tmp/bench
 
 writes `benchmarks/results/distributed.md`. Every measured load runs in processes of its own, one after the other, with the
-files out of the page cache; the variants take turns, and the medians of the repeats are printed.
+files out of the page cache; the variants take turns, and the medians of the repeats are printed. The processes are forked
+from one that has imported torch, so that the time goes into what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -17,12 +19,17 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "automatch.distributed.conversion"]
+)
 RESULTS = Path(__file__).parent / "results" / "distributed.md"
 WIDTH = 2048
 
@@ -108,18 +115,28 @@ def save(path: Path, layers: int) -> dict[str, Any]:
     return {}
 
 
-def load_plain(path: Path, layers: int) -> dict[str, Any]:
+def load_plain(path: Path, layers: int, materialised: bool = False) -> dict[str, Any]:
     """What one writes today for a class whose keys are the checkpoint's."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     model = shard(build("old", layers))
+    if materialised:
+        fill(model)
 
     def run() -> None:
-        model.to_empty(device="cpu")
+        if not materialised:
+            model.to_empty(device="cpu")
         dcp.load(get_model_state_dict(model), storage_reader=plain_reader(path))
 
     return measured(run)
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Give the shards memory and values."""
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.detach().to_local().zero_()
 
 
 def plain_reader(path: Path) -> Any:
@@ -135,9 +152,7 @@ def load_mapped(path: Path, layers: int, kind: str, materialised: bool = False) 
     mapping = mapping_between(build("old", layers), build(kind, layers), kind)
     model = shard(build(kind, layers))
     if materialised:
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            parameter.detach().to_local().zero_()
+        fill(model)
 
     def run() -> None:
         load(model, path, mapping)
@@ -161,7 +176,8 @@ def measured(run: Callable[[], Any]) -> dict[str, Any]:
     clock, processor = time.perf_counter(), time.process_time()
     run()
     seconds, processor = time.perf_counter() - clock, time.process_time() - processor
-    return {"seconds": seconds, "processor": processor, "peak": status("VmHWM") - start, "read": read_bytes() - read}
+    peak = status("VmHWM")
+    return {"seconds": seconds, "processor": processor, "peak": peak - start, "process": peak, "read": read_bytes() - read}
 
 
 def status(field: str) -> int:
@@ -176,6 +192,7 @@ def read_bytes() -> int:
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "save": save,
     "plain": load_plain,
+    "plain materialised": lambda path, layers: load_plain(path, layers, materialised=True),
     "renamed": lambda path, layers: load_mapped(path, layers, "renamed"),
     "fused": lambda path, layers: load_mapped(path, layers, "fused"),
     "materialised": lambda path, layers: load_mapped(path, layers, "renamed", materialised=True),
@@ -183,14 +200,15 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def rank_main(work: str, path: Path, layers: int, out: Path) -> None:
+def rank_main(rank: int, ranks: int, store: Path, work: str, path: Path, layers: int, out: Path) -> None:
     """What each process of a world does."""
     import torch.distributed as dist
 
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)
     result = WORK[work](path, layers)
-    (out / f"{dist.get_rank()}.json").write_text(json.dumps(result))
+    (out / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -207,29 +225,50 @@ def run_world(work: str, ranks: int, path: Path, layers: int, folder: Path) -> l
         if file.is_file():
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
-    arguments = ["--rank", work, "--folder", str(path), "--layers", str(layers), "--out", str(out)]
-    subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    arguments = (ranks, out / "store", work, path, layers, out)
+    processes = [FORKS.Process(target=rank_main, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit(f"{work} failed on {ranks} ranks")
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+ABOUT = (
+    "float32, files out of the page cache before each load, medians of the repeats, the slowest or largest rank of each. Bytes",
+    "read are what read calls returned. Peak memory is that of the process, with 0.3 GB of Python and torch in it. The model is",
+    "sharded with `fully_shard` and on the meta device before the load, but in the rows that say otherwise: there the shards are",
+    "staged beside the values that the model holds until all ranks agree, which costs a rank its share of the model once more.",
+    "That is the price of all or nothing; load into a model on the meta device where memory is short. Plain `dcp.load` reads",
+    "stored chunks whole; automatch reads the slices that a shard needs.",
+)
+# label of each row, and the row of plain DCP that it is compared with
+ROWS = {
+    "plain": ("`dcp.load`, right names", "plain"),
+    "renamed": ("automatch, renamed", "plain"),
+    "fused": ("automatch, renamed and q, k, v fused", "plain"),
+    "plain materialised": ("`dcp.load`, right names, into a model that holds values", "plain materialised"),
+    "materialised": ("automatch, renamed, into a model that holds values", "plain materialised"),
+}
 
 
 def compare(folder: Path, gigabytes: float, ranks: int, repeats: int) -> list[str]:
     """The tables of loads and of the conversion."""
     layers = layers_for(gigabytes)
     lines: list[str] = []
-    for writers in (1, ranks):
+    for writers, rows in ((1, list(ROWS)), (ranks, list(ROWS)[:3])):
         path = folder / f"by{writers}"
-        if not path.exists():
+        if not (path / ".metadata").exists():
             run_world("save", writers, path, layers, folder)
         total = sum(file.stat().st_size for file in path.iterdir())
         lines += [f"### Saved by {writers} rank{'s' * (writers > 1)}, loaded by {ranks} ({total / 1e9:.2f} GB on disk)", ""]
-        lines += load_table(path, layers, folder, ranks, repeats, total)
+        lines += load_table(rows, path, layers, folder, ranks, repeats, total)
     return [*lines, *convert_table(folder, layers, ranks, repeats)]
 
 
-def load_table(path: Path, layers: int, folder: Path, ranks: int, repeats: int, total: int) -> list[str]:
-    rows = {"plain": "`dcp.load`, right names", "renamed": "automatch, renamed", "fused": "automatch, renamed and q, k, v fused"}
-    rows |= {"materialised": "automatch, renamed, into a model that holds values"}
+def load_table(rows: list[str], path: Path, layers: int, folder: Path, ranks: int, repeats: int, total: int) -> list[str]:
     runs: dict[str, list[list[dict[str, Any]]]] = {work: [] for work in rows}
     for _ in range(repeats):
         for work in rows:
@@ -242,18 +281,17 @@ def load_table(path: Path, layers: int, folder: Path, ranks: int, repeats: int, 
         return statistics.median(max(rank[field] for rank in world) for world in runs[work])
 
     def ratio(work: str, field: str) -> str:
-        return f"{median(work, field) / median('plain', field):.2f}"
+        return f"{median(work, field) / median(ROWS[work][1], field):.2f}"
 
     lines = [
         "| | seconds (slowest rank) | × plain | processor seconds | × plain | peak memory per rank | × plain | read per rank | of all |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for work, label in rows.items():
-        seconds, peak, read = (median(work, field) for field in ("seconds", "peak", "read"))
+    for work in rows:
+        seconds, process, read = (median(work, field) for field in ("seconds", "process", "read"))
         cells = [f"{seconds:.2f}", ratio(work, "seconds"), f"{median(work, 'processor'):.2f}", ratio(work, "processor")]
-        cells += [f"{peak / 1e9:.2f} GB", ratio(work, "peak"), f"{read / 1e9:.2f} GB", f"{read / total:.2f}"]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    print("\n".join(lines), flush=True)
+        cells += [f"{process / 1e9:.2f} GB", ratio(work, "process"), f"{read / 1e9:.2f} GB", f"{read / total:.2f}"]
+        lines.append(f"| {ROWS[work][0]} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -288,33 +326,28 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip-loads", action="store_true", help="print the costs at 100,000 keys only")
-    parser.add_argument("--skip-scale", action="store_true", help="leave out the costs at 100,000 keys")
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
-    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--keys", type=int, default=100_000, help="how many keys the simulated ranks plan for")
     options = parser.parse_args()
-    if options.rank:
-        rank_main(options.rank, options.folder, options.layers, options.out)
-        return
     from distributed_scale import scale_tables
 
     options.folder.mkdir(parents=True, exist_ok=True)
-    lines = [] if options.skip_loads else compare(options.folder, options.gigabytes, options.ranks, options.repeats)
-    if not options.skip_scale:
-        lines += scale_tables(options.folder)
-    command = "python benchmarks/distributed.py " + " ".join(arg for arg in sys.argv[1:])
+    started = time.perf_counter()
+    lines = compare(options.folder, options.gigabytes, options.ranks, options.repeats)
+    lines += scale_tables(options.folder, options.keys)
+    command = "python benchmarks/distributed.py " + " ".join(sys.argv[1:])
+    machine = f"{os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}, gloo"
     head = [
         "# Distributed loading and conversion",
         "",
-        f"`{command}` on {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}, gloo.",
+        f"`{command}` on {machine}; {time.perf_counter() - started:.0f} s in all.",
+        f"Load average at the end: {os.getloadavg()[1]:.1f} over five minutes, of which this benchmark makes {options.ranks}.",
+        "",
+        *ABOUT,
         "",
     ]
     text = "\n".join([*head, *lines])
     print(text)
-    if not options.skip_loads:
-        RESULTS.parent.mkdir(exist_ok=True)
-        (options.folder / "results.md" if options.gigabytes < 1 else RESULTS).write_text(text + "\n")
+    (options.folder / "results.md" if options.gigabytes < 1 else RESULTS).write_text(text)
 
 
 if __name__ == "__main__":

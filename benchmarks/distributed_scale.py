@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 
+ABOUT = (
+    "Processor time, which other work on the machine changes little. What grows with the number of ranks is the broadcast alone, which",
+    "goes through the process group's own tree; each rank plans for itself, and none gathers the plans of the others.",
+)
 KEYS = 100_000
 SHAPE = (1024, 64)
 
 
-def scale_tables(folder: Path) -> list[str]:
+def scale_tables(folder: Path, keys: int) -> list[str]:
     """The costs for worlds of several sizes."""
-    lines = [f"### {KEYS:,} keys, simulated in one process", ""]
+    global KEYS
+    KEYS = keys
+    lines = [f"### {KEYS:,} keys, one rank of many simulated in one process", "", *ABOUT, ""]
     lines += ["| chunks per tensor (ranks that saved) | ranks that load | step | processor seconds | megabytes |", "|---|---|---|---|---|"]
     for chunks, ranks in ((1, 256), (8, 256)):
         for step, seconds, size in costs(folder, chunks, ranks):
@@ -32,6 +38,7 @@ def scale_tables(folder: Path) -> list[str]:
 
 def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | None, int | None]]:
     """(step, seconds, bytes) of loading on one rank of many."""
+    from automatch.distributed._collection import no_collection
     from automatch.distributed.planner import MappedLoadPlanner
     from automatch.distributed.storage import DirectoryReader, identity
 
@@ -47,9 +54,11 @@ def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | 
     seconds, _ = timed(lambda: identity(path))
     yield "every rank: digest of the checkpoint", seconds, None
     mapping = make_mapping()
-    seconds, payload = timed(lambda: pickle.dumps((mapping.matches, metadata)))
+    with no_collection():
+        seconds, payload = timed(lambda: pickle.dumps((mapping.matches, metadata)))
     yield "rank 0: pickle mapping and metadata for the broadcast", seconds, len(payload)
-    seconds, _ = timed(lambda: pickle.loads(payload))
+    with no_collection():  # as `Crew.broadcast` does
+        seconds, _ = timed(lambda: pickle.loads(payload))
     yield "every rank: unpickle the broadcast", seconds, None
     spec = mapping.target.spec
     assert spec is not None

@@ -5,7 +5,7 @@ const FLOORS = [0.99, 0.95, 0.8, 0.5, 0];
 class Glance {
   constructor(root, review) {
     this.review = review;
-    [this.fed, this.bar, this.legend] = [".fed", ".bar", ".legend"].map((name) => root.querySelector(`.am-glance ${name}`));
+    [this.fed, this.bar, this.legend, this.rest] = [".fed", ".bar", ".legend", ".rest"].map((name) => root.querySelector(`.am-glance ${name}`));
     this.bins = [...root.querySelectorAll(".am-histogram li")];
   }
 
@@ -20,6 +20,15 @@ class Glance {
     }
     this.drawCoverage(counts);
     this.drawBins(bins);
+    this.rest.textContent = this.unexpected();
+  }
+
+  unexpected() {
+    const { harmless, used } = this.review;
+    const number = used.reduce((sum, is) => sum + !is, 0);
+    const safe = harmless[0].size;
+    const tail = !safe ? "" : safe === number ? ", all harmless" : `, ${thousands(safe)} of them harmless`;
+    return number ? `The checkpoint has ${counted(number, "key")} more${tail}.` : "";
   }
 
   drawCoverage(counts) {

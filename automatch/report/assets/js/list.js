@@ -45,6 +45,7 @@ class KeyList {
 
   draw(force = false) {
     const height = (this.height = parseFloat(getComputedStyle(this.port).getPropertyValue("--row")) || 32);
+    const stacked = this.port.classList.contains("stacked");
     const first = this.printing ? 0 : Math.max(0, Math.floor(this.port.scrollTop / height) - OVERSCAN);
     const last = this.printing
       ? Math.min(this.entries.length, MAX_PRINTED)
@@ -52,7 +53,7 @@ class KeyList {
     if (!force && first === this.first && last === this.last) return;
     [this.first, this.last] = [first, last];
     this.sheet.style.height = `${this.entries.length * height}px`;
-    this.port.style.height = this.printing ? "auto" : `min(74vh, 760px, ${Math.max(this.entries.length, 5) * height + HEAD}px)`;
+    this.port.style.height = this.printing ? "auto" : `min(74vh, 760px, ${Math.max(this.entries.length, 5) * height + (stacked ? 2 : HEAD)}px)`;
     const shown = [];
     for (let at = first; at < last; at++) shown.push(this.element(at));
     this.sheet.replaceChildren(...shown);

@@ -1,15 +1,19 @@
-"""How often the pairs that `automatch explain` reads out of an error text are right.
+"""What `automatch explain` says of real messages, and how often the pairs that it reads out of an error text are right.
 
     python benchmarks/explain.py [PATTERN ...] [--write]
 
 For every case of the corpus the text is made that PyTorch would print for it: keys that one side lacks, and size
 mismatches of keys that both have; whole, and cut off after 600 characters of each list as people paste it. The pairs
 are compared with the truth, per kind of change; a pair of keys that the truth maps by a transform counts as wrong.
+
+The real messages are those of public issue threads in ``tests/data/messages``; an answer is right if it pairs the keys that
+belong together and no others, and if its main cause is the one that the thread ended with (`MAIN`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +25,19 @@ from corpus_cases import Case, load_cases
 from automatch.explain import explain
 
 RESULT = Path(__file__).parent / "results" / "explain.md"
+MESSAGES = Path(__file__).parents[1] / "tests" / "data" / "messages"
+MAIN = {
+    "cyclegan-461-conv-block": "shift",
+    "deeplabs-3-extra-layer": "architecture",
+    "generated-smp-unetplusplus-into-deeplabv3plus": "architecture",
+    "midas-236-swin2-downsample": "shift",
+    "pia-13-clip-position-ids": "buffers",
+    "pytorch-classification-27-alexnet": "wrapper",
+    "pytorch-classification-35-bottleneck": "architecture",
+    "sd-dreambooth-6-text-model-prefix": "prefix",
+    "tadaconv-24-head-classes": "classes",
+    "timm-pr2003-orig-mod": "wrapper",
+}
 KINDS = ("wrapper", "prefix", "renamed", "shift", "matched")
 
 
@@ -57,12 +74,32 @@ def measure(case: Case, cut: int | None = None) -> tuple[Counter[str], Counter[s
     return found, right
 
 
+def messages() -> list[str]:
+    """What is said of every real message, as Markdown."""
+    lines = ["| message | causes | pairs right / told / true | answer |", "|-|-|-|-|"]
+    for path in sorted(MESSAGES.glob("*.json")):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        explanation = explain(known["error"])
+        kinds = [cause.kind for cause in explanation.causes]
+        told = {match.target: match.sources[0] for match in explanation.mapping.matches}
+        right = told.items() & known["truth"].items()
+        answer = "right" if told == known["truth"] and MAIN[path.stem] in kinds else "cannot tell" if kinds[0] == "unknown" else "wrong"
+        lines.append(f"| {path.stem} | {', '.join(kinds)} | {len(right)} / {len(told)} / {len(known['truth'])} | {answer} |")
+    return lines
+
+
 def table(rows: list[tuple[str, Counter[str], Counter[str], Counter[str]]]) -> str:
     """The figures as Markdown."""
     lines = [
-        "# Pairs read out of error texts",
+        "# Explaining error texts",
         "",
         "Written by `python benchmarks/explain.py --write`; how it is measured stands there. Names alone are known, no shapes.",
+        "",
+        "## Real messages",
+        "",
+        *messages(),
+        "",
+        "## Texts made of the corpus",
         "",
         "| text | change | cases | pairs | right |",
         "|-|-|-|-|-|",

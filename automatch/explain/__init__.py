@@ -18,6 +18,7 @@ __all__ = ["Cause", "Explanation", "Mismatch", "ParsedError", "explain", "parse_
 # Shares of right pairs, measured by `benchmarks/explain.py` on messages made from the corpus and rounded down.
 _CONFIDENCE = {"wrapper": 0.93, "prefix": 0.94, "renamed": 0.96, "shift": 0.45, "matched": 0.75}
 _LIMIT = 3000
+_UNKNOWN = (2, 2)  # stands for every shape, which the text does not tell; a matrix, so that row orders stay in doubt
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def _matched(parsed: ParsedError, missing: Sequence[str], unexpected: Sequence[s
     """
     if not missing or not unexpected or parsed.missing_cut or parsed.unexpected_cut or max(len(missing), len(unexpected)) > _LIMIT:
         return {}
-    source, target = (StateSpec(tuple(TensorSpec(key, ()) for key in keys)) for keys in (unexpected, missing))
+    source, target = (StateSpec(tuple(TensorSpec(key, _UNKNOWN) for key in keys)) for keys in (unexpected, missing))
     matches = propose_mapping(target, source).confident(0.8).matches
     found = {match.target: match.sources[0] for match in matches if len(match.sources) == 1 and isinstance(match.transform, Copy)}
     return found if 2 * len(found) > min(len(missing), len(unexpected)) else {}

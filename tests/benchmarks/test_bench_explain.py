@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corpus_cases import case_paths, load_case
-from explain import measure, message_of
+from explain import measure, message_of, messages
 
 from automatch.explain import parse_error
 
@@ -23,3 +23,9 @@ def test_wrappers_are_right() -> None:
     found, right = measure(load_case(case_paths(["ddp-roberta-seqcls-to-plain"])[0]))
     assert found == right
     assert sum(found.values()) > 100
+
+
+def test_every_real_message_is_answered_rightly() -> None:
+    _, _, *rows = messages()
+    assert len(rows) == 10
+    assert all(row.endswith("| right |") for row in rows)

@@ -138,6 +138,15 @@ def test_modules_renamed_beyond_simple_changes_are_matched(tmp_path: Path, monke
     assert_loaded(model, made)
 
 
+def test_rows_that_may_stand_in_another_order_are_not_called_renamed() -> None:
+    """Meta's Llama and transformers' keep the rotary rows of queries and keys in another order, which no name shows."""
+    old = [f"layers.{i}.attention.{name}.weight" for i in range(2) for name in ("wq", "wk", "wv", "wo")] + ["tok_embeddings.weight"]
+    new = [f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qkvo"] + ["model.embed_tokens.weight"]
+    lists = [", ".join(f'"{key}"' for key in keys) for keys in (new, old)]
+    explanation = explain(f"Missing key(s) in state_dict: {lists[0]}. \n\tUnexpected key(s) in state_dict: {lists[1]}. ")
+    assert not any("q_proj" in match.target or "k_proj" in match.target for match in explanation.mapping.matches)
+
+
 @pytest.mark.parametrize(
     ("text", "missing", "unexpected"),
     [

@@ -264,7 +264,8 @@ def _question(question: Question) -> QuestionView:
 
 
 def _example(match: Match) -> str:
-    return f"{' + '.join(short(key, 120) for key in match.sources)} → {short(match.target, 120)}"
+    words = transform_text(match.transform)
+    return f"{' + '.join(short(key, 120) for key in match.sources)} → {short(match.target, 120)}{f' ({words})' if words else ''}"
 
 
 def _warnings(warnings: Iterable[str]) -> tuple[WarningView, ...]:

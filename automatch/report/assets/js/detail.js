@@ -29,7 +29,7 @@ class Detail {
   }
 
   ofGroup({ label, pattern, replacement, words, where, rows, nOpen, confidence }) {
-    const title = label ? h("h3", null, label) : [h("p.mono", null, pattern), h("p.mono.to", null, "→ ", h("b", null, replacement))];
+    const title = label ? h("h3", null, label) : [h("p.mono", null, atDots(pattern)), h("p.mono.to", null, "→ ", h("b", null, atDots(replacement)))];
     const buttons =
       confidence === null
         ? null
@@ -68,10 +68,10 @@ class Detail {
     const touched = review.decisions.has(target) || review.answered.has(target);
     return [
       h(`p.kind.is-${state.name}`, null, state.words),
-      h("p.mono.to", null, short(review.target.keys[target], 600)),
+      h("p.mono.to", null, atDots(short(review.target.keys[target], 600))),
       this.tensor(1, target),
       sources.length ? h("p.soft", null, sources.length > 1 ? `fed by ${sources.length} checkpoint keys` : "fed by") : null,
-      ...sources.slice(0, 12).flatMap((source) => [h("p.mono", null, short(review.source.keys[source], 600)), this.tensor(0, source)]),
+      ...sources.slice(0, 12).flatMap((source) => [h("p.mono", null, atDots(short(review.source.keys[source], 600))), this.tensor(0, source)]),
       sources.length > 12 ? h("p.soft", null, `… and ${sources.length - 12} more`) : null,
       now && review.transforms[now.transform][1] ? h("p", null, "Transform: ", review.transforms[now.transform][1]) : null,
       now && !now.decided ? h("p", null, "Confidence: ", h("b", null, percent(now.confidence))) : null,
@@ -93,7 +93,7 @@ class Detail {
     const state = stateOf(this.review, this.rows, row, null);
     return [
       h(`p.kind.is-${state.name}`, null, state.words),
-      h("p.mono", null, short(this.review.source.keys[source], 600)),
+      h("p.mono", null, atDots(short(this.review.source.keys[source], 600))),
       this.tensor(0, source),
       h("p.soft", null, "To use it, choose the model key that it should feed and point that at it."),
     ];
@@ -154,7 +154,7 @@ class Detail {
         h(
           "button.choice",
           { type: "button", onclick: () => this.act("point", { sources, transform }) },
-          h("span.mono", null, label),
+          h("span.mono", null, atDots(label)),
           words ? h("span.words", null, words) : null,
         ),
         h("span.value", null, percent(confidence)),
@@ -207,7 +207,7 @@ class Detail {
         h(
           "button.choice",
           { type: "button", onclick },
-          h("span.mono", null, short(review.source.keys[source], 120)),
+          h("span.mono", null, atDots(short(review.source.keys[source], 120))),
           h("span.words", null, words),
         ),
       );

@@ -61,6 +61,9 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// Text that breaks after a dot before it breaks anywhere else.
+const atDots = (text) => text.split(/(?<=\.)/).flatMap((word, place) => (place ? [h("wbr", null), word] : [word]));
+
 // A key that loses its beginning, not its end, where there is no room; its words that the other side shares are faded.
 function keyElement(key, others) {
   const pieces = short(key)

@@ -5,7 +5,9 @@
 - ``"keep"``: the model's initial value stays.
 - ``"rows"``: the first rows are copied, as many as both have; new rows keep their initial values (head, vocabulary).
 - ``"overlap"``: the same along every axis.
-- ``"interpolate"``: position embeddings over a square grid, class tokens kept in front, bicubic as timm does.
+- ``"interpolate"``: position embeddings over a square grid, class tokens kept in front, bicubic as timm does (with antialiasing);
+  ``"interpolate:14x14->14x28"`` for other grids, or ``"interpolate:14x28"`` from a square one.
+- ``"interpolate_plain"``: the same without antialiasing, as transformers does.
 - ``"interpolate_1d"``: position embeddings over a sequence, linear.
 - ``"relative_position"``: relative position bias tables, ``((2h-1)(2w-1) [+ 3], heads)``, bicubic as timm does.
 - ``"center"``: kernels are cropped to, or padded with zeros around, their centre.
@@ -81,10 +83,10 @@ def pins_to_adapt(pins: Mapping[str, Any], adapt: Mapping[str, str]) -> set[str]
 
 
 def _check_methods(adapt: Mapping[str, str]) -> None:
-    from automatch.resize import METHODS
+    from automatch.resize import METHODS, method_of
 
     for pattern, method in adapt.items():
-        if method != KEEP and method not in METHODS:
+        if method != KEEP and method_of(method) is None:
             raise MappingError(f"adapt: unknown method {method!r} for {pattern!r}; methods are: {', '.join([KEEP, *METHODS])}")
 
 
@@ -104,10 +106,12 @@ def _sources_of(
             return match.sources, _before_adapting(match.transform)
     source = whole.source.spec
     assert source is not None
-    from automatch.resize import METHODS
+    from automatch.resize import method_of
 
+    known = method_of(method)
+    assert known is not None
     free = [source[key] for key in sure.unexpected_keys]
-    fitting = [t for t in free if t.shape != tensor.shape and METHODS[method].fits(t.shape, tensor.shape)]
+    fitting = [t for t in free if t.shape != tensor.shape and known.fits(t.shape, tensor.shape)]
     leaf = tensor.key.rpartition(".")[2]
     for candidates in (
         [t for t in fitting if t.key == tensor.key],
@@ -171,14 +175,14 @@ def apply_adapted(transform: Transform, tensors: list[torch.Tensor], initial: to
     Raises:
         TransformError: the method does not fit the shapes.
     """
-    from automatch.resize import METHODS
+    from automatch.resize import METHODS, method_of
 
     steps = transform.steps if isinstance(transform, Chain) else (transform,)
     last = steps[-1]
-    if not isinstance(last, Adapt) or last.method not in METHODS:
+    method = method_of(last.method) if isinstance(last, Adapt) else None
+    if not isinstance(last, Adapt) or method is None:
         raise TransformError(f"unknown adaptation {last!r}; methods are: {', '.join(METHODS)}")
     tensor = apply_transform(_before_adapting(transform), tensors)
-    method = METHODS[last.method]
     if not method.fits(tuple(tensor.shape), last.shape):
         raise TransformError(f"{last.method!r} cannot turn {tuple(tensor.shape)} into {last.shape}: {method.needs}")
     return method.run(tensor, initial)

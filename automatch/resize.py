@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -37,33 +39,50 @@ def grid_of(tokens: int) -> tuple[int, int] | None:
     return None
 
 
-def _grids(source: Shape, target: Shape) -> bool:
+Resize = Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
+Grid = tuple[int, int] | None
+
+
+def _split(tokens: int, grid: Grid) -> tuple[int, int, int] | None:
+    """(class tokens, height, width) of a grid behind 0, 1 or 2 class tokens; a square one unless its size is given."""
+    if grid is None:
+        found = grid_of(tokens)
+        return found and (found[0], found[1], found[1])
+    extra = tokens - math.prod(grid)
+    return (extra, *grid) if extra in (0, 1, 2) and min(grid) > 0 else None
+
+
+def _grids(source: Shape, target: Shape, old: Grid = None, new: Grid = None) -> bool:
     if len(source) != len(target) or len(source) not in (2, 3, 4) or (source[-1] != target[-1] and len(source) != 4):
         return False
     if len(source) == 4:
         return source[:2] == target[:2] or (source[0], source[3]) == (target[0], target[3])
-    return source[:-2] == target[:-2] and grid_of(source[-2]) is not None and grid_of(target[-2]) is not None
+    return source[:-2] == target[:-2] and _split(source[-2], old) is not None and _split(target[-2], new) is not None
 
 
-def _interpolate(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+def _interpolate(tensor: torch.Tensor, initial: torch.Tensor, resize: Resize, old: Grid = None, new: Grid = None) -> torch.Tensor:
     if tensor.ndim == 4 and tensor.shape[:2] == initial.shape[:2]:
-        return _bicubic(tensor, tuple(initial.shape[2:]))
+        return resize(tensor, tuple(initial.shape[2:]))
     if tensor.ndim == 4:  # channels last
-        return _bicubic(tensor.permute(0, 3, 1, 2), tuple(initial.shape[1:3])).permute(0, 2, 3, 1).contiguous()
-    old, new = grid_of(tensor.shape[-2]), grid_of(initial.shape[-2])
-    assert old is not None
-    assert new is not None
+        return resize(tensor.permute(0, 3, 1, 2), tuple(initial.shape[1:3])).permute(0, 2, 3, 1).contiguous()
+    before, after = _split(tensor.shape[-2], old), _split(initial.shape[-2], new)
+    assert before is not None
+    assert after is not None
     tokens = tensor.reshape(-1, *tensor.shape[-2:])
-    front, grid = tokens[:, : old[0]], tokens[:, old[0] :]
-    grid = grid.reshape(len(grid), old[1], old[1], -1).permute(0, 3, 1, 2)
-    grid = _bicubic(grid, (new[1], new[1])).flatten(2).transpose(1, 2)
-    begin = initial.detach().reshape(-1, *initial.shape[-2:])[:, : new[0]].clone().to(grid.dtype)
-    begin[:, : min(old[0], new[0])] = front[:, : new[0]]
+    front, grid = tokens[:, : before[0]], tokens[:, before[0] :]
+    grid = grid.reshape(len(grid), *before[1:], -1).permute(0, 3, 1, 2)
+    grid = resize(grid, after[1:]).flatten(2).transpose(1, 2)
+    begin = initial.detach().reshape(-1, *initial.shape[-2:])[:, : after[0]].clone().to(grid.dtype)
+    begin[:, : min(before[0], after[0])] = front[:, : after[0]]
     return torch.cat([begin, grid], 1).reshape(initial.shape)
 
 
 def _bicubic(grid: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return functional.interpolate(grid.float(), size=size, mode="bicubic", antialias=True).to(grid.dtype)
+
+
+def _plain_bicubic(grid: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    return functional.interpolate(grid.float(), size=size, mode="bicubic", align_corners=False).to(grid.dtype)
 
 
 def _interpolate_1d(tensor: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
@@ -164,10 +183,19 @@ def _flat_kernels(source: Shape, target: Shape) -> bool:
     return len(source) == 4 and len(target) == 5 and source == (*target[:2], *target[3:])
 
 
+def _interpolation(resize: Resize, old: Grid, new: Grid) -> Method:
+    sizes = [f"{grid[0]}x{grid[1]}" if grid else "square" for grid in (old, new)]
+    needs = (
+        f"they must be grids ({sizes[0]} and {sizes[1]}), with up to two class tokens, of one width; name others as interpolate:HxW->HxW"
+    )
+    return Method(partial(_grids, old=old, new=new), needs, partial(_interpolate, resize=resize, old=old, new=new))
+
+
 METHODS: dict[str, Method] = {
     "rows": Method(_rows, "all axes but the first must agree", _overlap),
     "overlap": Method(_same_rank, "the number of axes must agree", _overlap),
-    "interpolate": Method(_grids, "both must be square grids, with up to two class tokens, of one width", _interpolate),
+    "interpolate": _interpolation(_bicubic, None, None),
+    "interpolate_plain": _interpolation(_plain_bicubic, None, None),
     "interpolate_1d": Method(_sequences, "all axes but the last but one must agree", _interpolate_1d),
     "relative_position": Method(_tables, "both must be ((2h-1)(2w-1) [+ 3], heads) with square windows", _relative_position),
     "center": Method(_kernels, "the channels must agree", _center),
@@ -178,3 +206,13 @@ METHODS: dict[str, Method] = {
     ),
     "inflate": Method(_flat_kernels, "the checkpoint's kernel must be the model's without its depth", _inflate),
 }
+_GRID = re.compile(r"(interpolate|interpolate_plain):(?:(\d{1,5})x(\d{1,5})->)?(\d{1,5})x(\d{1,5})")
+
+
+def method_of(name: str) -> Method | None:
+    """The method of a name, e.g. ``"rows"``, or ``"interpolate:14x14->14x28"`` with the sizes of the grids; None if there is none."""
+    match = _GRID.fullmatch(name)
+    if match is None:
+        return METHODS.get(name)
+    old = (int(match[2]), int(match[3])) if match[2] else None
+    return _interpolation(_bicubic if match[1] == "interpolate" else _plain_bicubic, old, (int(match[4]), int(match[5])))

@@ -63,6 +63,42 @@ def test_position_grids_like_timm():
     assert torch.equal(result, torch.cat([old[:, :1], expected], 1))
 
 
+@pytest.mark.parametrize(
+    ("method", "old_grid", "new_grid"),
+    [("interpolate:4x4->3x6", (4, 4), (3, 6)), ("interpolate:3x6", (4, 4), (3, 6)), ("interpolate:2x8->5x5", (2, 8), (5, 5))],
+)
+def test_position_grids_need_not_be_square(method, old_grid, new_grid):
+    old = torch.randn(1, 1 + 16, 8)
+    result = adapted(method, old, torch.zeros(1, 1 + new_grid[0] * new_grid[1], 8))
+    grid = old[:, 1:].reshape(1, *old_grid, 8).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(grid, size=new_grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(1, -1, 8)
+    assert torch.equal(result, torch.cat([old[:, :1], expected], 1))
+    with pytest.raises(TransformError, match=r"name others as interpolate:HxW->HxW"):
+        adapted("interpolate:5x7", old, torch.zeros(1, 1 + new_grid[0] * new_grid[1], 8))
+
+
+def test_a_grid_that_is_named_is_loaded():
+    old, model = nn.Module(), nn.Module()
+    old.pos_embed, model.pos_embed = nn.Parameter(torch.randn(1, 17, 8)), nn.Parameter(torch.zeros(1, 19, 8))
+    report = automatch.load(model, old.state_dict(), adapt={"pos_embed": "interpolate:3x6"})
+    assert report.to_train_keys == ("pos_embed",)
+    assert torch.equal(model.pos_embed[:, 0], old.pos_embed[:, 0])
+    assert report.adapted["pos_embed"].startswith("interpolate:3x6: another patch grid")
+
+
+def test_position_grids_like_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=4
+    )
+    embeddings = transformers.ViTModel(config).embeddings
+    nn.init.normal_(embeddings.position_embeddings)
+    with torch.no_grad():
+        expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + 12 * 12, 8), 48, 48)
+    result = adapted("interpolate_plain", embeddings.position_embeddings.detach(), torch.zeros(1, 145, 8))
+    assert torch.allclose(result, expected, atol=1e-6)
+
+
 def test_a_class_token_that_the_checkpoint_lacks_is_the_models():
     initial = torch.randn(1, 1 + 9, 4)
     result = adapted("interpolate", torch.randn(1, 16, 4), initial)

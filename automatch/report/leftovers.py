@@ -31,6 +31,8 @@ _CONSTANTS = frozenset(
         "rel_pos_index",
     }
 )
+_POSITIONS = re.compile(r"(^|_)(pos|positions?|token_types?|relative|causal|attn|attention)(_|$)")
+_WHOLE = frozenset({"int64", "int32", "bool"})
 _LOSS = re.compile(r"(^|[._])(loss|losses|criterion|criteria|lpips|metric|metrics)([._]|$)")
 
 COUNTER = "BatchNorm's counter of batches; changes no output in evaluation"
@@ -86,7 +88,8 @@ def harmless_unexpected(key: str, spec: TensorSpec | None) -> str:
         return ""
     if leaf == "num_batches_tracked" and shape in ((), (1,), None):
         return COUNTER
-    return CONSTANT if leaf in _CONSTANTS or (leaf == "bias" and _is_causal_mask(shape)) else ""
+    counted = spec is not None and spec.dtype in _WHOLE and _POSITIONS.search(leaf)
+    return CONSTANT if counted or leaf in _CONSTANTS or (leaf == "bias" and _is_causal_mask(shape)) else ""
 
 
 def _is_causal_mask(shape: tuple[int, ...] | None) -> bool:

@@ -139,7 +139,11 @@ def glance(browser: Any) -> tuple[str, list[str], list[str]]:
 
     rects = browser.find_elements("css selector", ".am-glance .bar rect")
     widths = [f"{float(rect.get_attribute('width')):.1f}" for rect in rects]
-    return browser.find_element("css selector", ".am-glance .bar").get_attribute("aria-label"), [*texts("h2"), *texts(".rest"), *widths], texts("li")
+    return (
+        browser.find_element("css selector", ".am-glance .bar").get_attribute("aria-label"),
+        [*texts("h2"), *texts(".rest"), *widths],
+        texts("li"),
+    )
 
 
 def test_coverage_and_confidence_follow_every_decision(browser: Any, tmp_path: Path) -> None:

@@ -100,6 +100,22 @@ def test_what_belongs_to_a_loss_is_harmless_in_a_checkpoint(key: str) -> None:
     assert ["loss or a metric" in left.harmless for left in unexpected_leftovers(mapping)] == [True]
 
 
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "harmless"),
+    [
+        ("pos_ids", "int64", True),
+        ("rel_attn_mask", "bool", True),
+        ("relative_bucket", "int32", True),
+        ("relative_table", "float32", False),
+        ("indices", "int64", False),
+        ("attention_scale", "int8", False),
+    ],
+)
+def test_whole_numbers_about_positions_are_harmless(leaf: str, dtype: str, harmless: bool) -> None:
+    mapping = mapping_between([TensorSpec(f"net.{leaf}", (4, 4), dtype)], [TensorSpec("w", (1,))], {})
+    assert [bool(left.harmless) for left in unexpected_leftovers(mapping)] == [harmless]
+
+
 @pytest.mark.parametrize("key", ["flosses.weight", "glossy.bias", "closs.0.weight", "backbone.conv.weight"])
 def test_other_parameters_are_not_called_harmless(key: str) -> None:
     mapping = mapping_between([TensorSpec(key, (3,))], [TensorSpec(key, (4,), kind="parameter")], {})

@@ -1,10 +1,10 @@
-"""Fit the engine's learnt tables: the word lexicon and the confidence model.
+"""Fit the engine's learnt tables: the word lexicon, the order of registration and the confidence model.
 
-    python benchmarks/fit.py            # collect (minutes), fit, write automatch/engine/data/{lexicon,confidence}.json
+    python benchmarks/fit.py            # collect (minutes), fit, write automatch/engine/data/{lexicon,order,confidence}.json
     python benchmarks/fit.py --fresh    # collect again although benchmarks/.cache holds an earlier collection
 
-Rows for the confidence model are out of fold: the pairs of a case are matched with a lexicon that has not
-seen the case's family group. Unrelated pairs (the checkpoint of one group, the model of another) are added,
+Rows for the confidence model are out of fold: the pairs of a case are matched with a lexicon and an order that
+have not seen the case's family group. Unrelated pairs (the checkpoint of one group, the model of another) are added,
 so that there is something to abstain from. `fit(cases)` leaves out every group that ``cases`` lacks.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import json
 import pickle
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +26,14 @@ import corpus_cases
 import numpy as np
 from families import group_of
 from lexicon import LARGE, Pair, fit_lexicon, word_pairs
+from registration import Observed, fit_order, order_facts
 
 from automatch.engine.features import NAMES, pair_features
+from automatch.engine.items import canonical
 from automatch.engine.pipeline import run_stages
+from automatch.engine.registration import read_precedence
 from automatch.engine.solve import Weights
-from automatch.engine.tables import Tables, read_lexicon, read_trees
+from automatch.engine.tables import Tables, Trees, read_lexicon, read_trees
 from automatch.specs import StateSpec, TensorSpec
 
 HERE = Path(__file__).parent
@@ -39,6 +42,7 @@ DATA = HERE.parent / "automatch" / "engine" / "data"
 CACHE = HERE / ".cache" / "fit.pickle"
 UNRELATED = 240
 ROWS_PER_CASE = 120
+RARITY = 0.3  # weight of unrelated pairs: few people load the checkpoint of another architecture
 # Families of corpus_extra that share conventions with a group of the corpus (see corpus_extra/README.md).
 RELATED = {
     "vit": ("vit_jax", "dino", "vit_msn", "ijepa", "vivit", "clip_vision", "clipseg", "byobnet-clip", "siglip", "depth_anything"),
@@ -48,6 +52,43 @@ RELATED = {
     "bert": ("blenderbot", "m2m_100"),
 }
 _GROUP_OF = {family: group for group, families in RELATED.items() for family in families}
+# Kinds of architecture that have no part in common, for pairs that look alike and are not; groups that are not listed take no part.
+ARCHITECTURES = {
+    "bert": ("bert", "mpnet", "luke", "rembert", "convbert", "mobilebert", "roformer", "deberta", "funnel", "xlnet"),
+    "decoder": ("gpt", "gptj", "bloom", "falcon", "mpt", "opt", "phi", "stablelm", "persimmon", "llama", "granitemoe", "rwkv", "mamba"),
+    "t5": ("t5",),
+    "vit": ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "aimv2", "xcit", "tnt", "crossvit", "pit"),
+    "audio": ("hubert", "wav2vec2", "wav2vec2_torchaudio", "wavlm", "wavlm_torchaudio"),
+    "diffusion": ("diffusion", "flux", "sd3", "ltx", "sana", "wan", "lumina2"),
+    "convnext": ("convnext", "dinov3_convnext"),
+    "swin": ("swin", "swin2sr"),
+    "resnet": ("resnet", "resnest", "tresnet"),
+    "mobile": ("mobile", "efficientnet", "efficientnetv2", "fbnet", "mixnet", "semnasnet", "spnasnet"),
+    **{
+        name: (name,)
+        for name in ("metaformer", "densenet", "dpn", "regnet", "vgg", "hifigan", "segformer", "pvt_v2", "hrnet", "dla", "focalnet")
+    },
+}
+COMPOSED = frozenset(  # families that hold another architecture
+    [
+        "blip",
+        "llava",
+        "upernet",
+        "clipseg",
+        "dpt",
+        "depth_anything",
+        "sam",
+        "siglip",
+        "clip",
+        "clip_vision",
+        "byobnet-clip",
+        "bart",
+        "m2m_100",
+        "blenderbot",
+    ]
+)
+TESTED = (("bert", "decoder"), ("bert", "t5"), ("convnext", "swin"), ("resnet", "vit"))  # kinds that the corpus's negative cases pair
+LEAST_OVERLAP, PER_KINDS = 0.3, 2
 KINDS = {"param": "parameter", "buffer": "buffer", "tensor": None}
 
 
@@ -59,6 +100,11 @@ class Collected:
     rows: np.ndarray
     right: np.ndarray
     keys: np.ndarray
+
+
+def kind_of(group: str) -> str | None:
+    """The kind of architecture of a family group; None where it is not listed."""
+    return next((kind for kind, groups in ARCHITECTURES.items() if group in groups), None)
 
 
 def group_of_case(case: Mapping[str, Any]) -> str:
@@ -78,18 +124,20 @@ def spec_of(side: Mapping[str, Any], entries: Iterable[Any], origin: str) -> Sta
     )
 
 
-def collect(job: tuple[str, str, str, dict[str, Any]]) -> Collected | None:
+def collect(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> Collected | None:
     """Run the engine on a case (or on the checkpoint of one and the model of another) and label what it decided."""
-    path, order, other, table = job
+    path, order, other, words, registration = job
     case = corpus_cases.load_case(Path(path))
     target, truth, group = case, case["truth"], group_of_case(case)
     if other:
-        target, truth, group = corpus_cases.load_case(Path(other)), {}, f"unrelated {sum(map(ord, path + other)) % 5}"
+        target, truth = corpus_cases.load_case(Path(other)), {}
+        group = f"unrelated {group} {group_of_case(target)}"
     if len(target["target"]["entries"]) > LARGE:
         return None
     source_spec = spec_of(case["source"], corpus_cases.ordered_entries(case, order), "checkpoint")
     target_spec = spec_of(target["target"], target["target"]["entries"], "model")
-    outcome = run_stages(source_spec, target_spec, read_lexicon(table), Weights())
+    tables = Tables(read_lexicon(words), Trees(0.0, ()), read_precedence(registration))
+    outcome = run_stages(source_spec, target_spec, tables, Weights())
     kept, rows = pair_features(outcome)
     right, keys = np.zeros(len(kept)), np.zeros(len(kept))
     position = {j: n for n, j in enumerate(kept)}
@@ -117,7 +165,7 @@ def _convolutional(case: Mapping[str, Any]) -> bool:
 
 
 def _unrelated(paths: list[Path], chance: random.Random) -> Iterable[tuple[Path, str, Path]]:
-    """Pairs of a checkpoint and a model that share no architecture: one convolutional and one not, or, less often, of other groups."""
+    """Pairs of a checkpoint and a model that share no architecture: some at random, and those whose shapes agree most."""
     light = [path for path in paths if path.stat().st_size < 14_000]
     known = {path: corpus_cases.load_case(path) for path in light}
     left = UNRELATED
@@ -133,28 +181,59 @@ def _unrelated(paths: list[Path], chance: random.Random) -> Iterable[tuple[Path,
         ):
             left -= 1
             yield a, chance.choice(corpus_cases.ORDERS), b
+    for a, b in _alike(known):
+        yield a, chance.choice(corpus_cases.ORDERS), b
 
 
-def dataset(*, fresh: bool = False) -> tuple[dict[str, set[Pair]], list[Collected]]:
-    """Word pairs by group and collected runs over both corpora; kept in benchmarks/.cache."""
+def _alike(known: Mapping[Path, Mapping[str, Any]]) -> list[tuple[Path, Path]]:
+    """Checkpoint and model of different kinds of architecture: of each two kinds those whose shapes agree most."""
+    shapes = {
+        path: [Counter(canonical(tuple(e[1])) for e in case[side]["entries"]) for side in ("source", "target")]
+        for path, case in known.items()
+    }
+    kinds = {path: kind_of(group_of_case(case)) for path, case in known.items() if case["family"] not in COMPOSED}
+    overlap = {
+        (a, b): (shapes[a][0] & shapes[b][1]).total() / shapes[b][1].total()
+        for a, one in kinds.items()
+        for b, two in kinds.items()
+        if one and two and one != two
+    }
+    taken: Counter[tuple[str, str]] = Counter()
+    found = []
+    for a, b in sorted(overlap, key=lambda pair: (-overlap[pair], pair)):
+        both = kinds[a], kinds[b]
+        if overlap[a, b] > LEAST_OVERLAP and taken[both] < PER_KINDS:
+            taken[both] += 1
+            found.append((a, b))
+    return found
+
+
+def dataset(*, fresh: bool = False) -> tuple[dict[str, set[Pair]], dict[str, set[Observed]], list[Collected]]:
+    """Word pairs and orders of siblings by group, and collected runs over both corpora; kept in benchmarks/.cache."""
     if CACHE.exists() and not fresh:
         return pickle.loads(CACHE.read_bytes())
     paths = [*corpus_cases.case_paths(), *corpus_cases.case_paths(directory=EXTRA)]
     words: dict[str, set[Pair]] = defaultdict(set)
+    orders: dict[str, set[Observed]] = defaultdict(set)
     group_at: dict[Path, str] = {}
     for path in paths:
         case = corpus_cases.load_case(path)
         group_at[path] = group_of_case(case)
         words[group_at[path]] |= word_pairs(case)
-    without = {group: fit_lexicon({g: pairs for g, pairs in words.items() if g != group}) for group in sorted(words)}
-    jobs = [(str(path), order, "", without[group_at[path]]) for path in paths for order in corpus_cases.ORDERS]
-    jobs += [(str(a), order, str(b), without[group_at[a]]) for a, order, b in _unrelated(paths, random.Random(1))]
+        orders[group_at[path]] |= order_facts(case)
+    without = {group: (fit_lexicon(_except(words, {group})), fit_order(_except(orders, {group}))) for group in sorted(words)}
+    jobs: list[Any] = [(str(path), order, "", *without[group_at[path]]) for path in paths for order in corpus_cases.ORDERS]
+    jobs += [(str(a), order, str(b), *without[group_at[a]]) for a, order, b in _unrelated(paths, random.Random(1))]
     jobs.sort(key=lambda job: -Path(job[0]).stat().st_size)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = [run for run in pool.map(collect, jobs, chunksize=4) if run is not None and len(run.rows)]
     CACHE.parent.mkdir(exist_ok=True)
-    CACHE.write_bytes(pickle.dumps((dict(words), runs)))
-    return dict(words), runs
+    CACHE.write_bytes(pickle.dumps((dict(words), dict(orders), runs)))
+    return dict(words), dict(orders), runs
+
+
+def _except(by_group: Mapping[str, set[Any]], absent: set[str]) -> dict[str, set[Any]]:
+    return {group: found for group, found in by_group.items() if group not in absent}
 
 
 def training_rows(runs: Iterable[Collected]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -164,7 +243,8 @@ def training_rows(runs: Iterable[Collected]) -> tuple[np.ndarray, np.ndarray, np
         chosen = np.random.default_rng(number).permutation(len(run.rows))[:ROWS_PER_CASE]
         rows.append(run.rows[chosen])
         right.append(run.right[chosen] / run.keys[chosen] > 0.99)
-        weight.append(run.keys[chosen] * min(1.0, 300 / run.keys.sum()))
+        share = RARITY if run.group.startswith("unrelated") else 1.0
+        weight.append(share * run.keys[chosen] * min(1.0, 300 / run.keys.sum()))
     return np.concatenate(rows), np.concatenate(right).astype(float), np.concatenate(weight)
 
 
@@ -195,23 +275,42 @@ def fit_confidence(runs: Iterable[Collected]) -> dict[str, Any]:
     return {"note": note, "features": list(NAMES), "base": float(np.ravel(model._baseline_prediction)[0]), "trees": trees}
 
 
+def _left_out(group: str, absent: set[str]) -> bool:
+    """Whether rows of a group, or of two unrelated groups, must not be seen; without the negative cases, nor what they pair."""
+    first, *both = group.split(" ")
+    if first != "unrelated":
+        return group in absent
+    kinds = tuple(sorted(kind_of(group) or "" for group in both))
+    return bool(absent & set(both)) or ("negative" in absent and kinds in TESTED)
+
+
 def fit(cases: Iterable[Mapping[str, Any]]) -> Tables:
     """The tables fitted without the corpus groups that ``cases`` lacks, and without what is related to them."""
     present = {group_of_case(case) for case in cases}
     absent = {group_of_case(case) for case in corpus_cases.load_cases()} - present
-    words, runs = dataset()
-    lexicon = fit_lexicon({group: pairs for group, pairs in words.items() if group not in absent})
-    return Tables(read_lexicon(lexicon), read_trees(fit_confidence(run for run in runs if run.group not in absent)))
+    words, orders, runs = dataset()
+    lexicon, order = fit_lexicon(_except(words, absent)), fit_order(_except(orders, absent))
+    confidence = fit_confidence(run for run in runs if not _left_out(run.group, absent))
+    return Tables(read_lexicon(lexicon), read_trees(confidence), read_precedence(order))
+
+
+def _by_rows(table: Mapping[str, Any]) -> str:
+    """JSON with a line for each row of a table, for people and for diffs."""
+    parts = []
+    for name, value in table.items():
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value) if isinstance(value, list) else None
+        parts.append(f"{json.dumps(name)}: " + (json.dumps(value) if rows is None else f"[\n{rows}\n]"))
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def main() -> None:
     """Fit on everything and write the shipped tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="collect again")
-    words, runs = dataset(fresh=parser.parse_args().fresh)
-    lexicon = fit_lexicon(words)
-    head, rows = json.dumps(lexicon["note"]), ",\n".join(json.dumps(pair) for pair in lexicon["pairs"])
-    (DATA / "lexicon.json").write_text(f'{{"note": {head}, "pairs": [\n{rows}\n]}}\n')
+    words, orders, runs = dataset(fresh=parser.parse_args().fresh)
+    lexicon, order = fit_lexicon(words), fit_order(orders)
+    for name, table in (("lexicon", lexicon), ("order", order)):
+        (DATA / f"{name}.json").write_text(_by_rows(table))
     (DATA / "confidence.json").write_text(json.dumps(fit_confidence(runs), separators=(",", ":")) + "\n")
     print(f"{len(lexicon['pairs'])} word pairs, {sum(len(run.rows) for run in runs)} rows of {len(runs)} runs")
 

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from automatch.engine.evidence import flat_words
 from automatch.engine.items import Item
 from automatch.engine.sides import Side
-from automatch.engine.solve import flat_words
 
 Words = tuple[str, ...]
 Pair = tuple[Words, Words]

@@ -58,7 +58,7 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     outcome = run_stages(
         source,
         target,
-        tables.lexicon,
+        tables,
         Weights(),
         without_sources=sorted(used),
         without_targets=sorted(pins),

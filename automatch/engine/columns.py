@@ -8,9 +8,10 @@ the last two members take part in matching; the answer for the others follows fr
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from automatch.engine.items import canonical
 from automatch.keys import natural_order, segments_of, template_of
 
 Shape = tuple[int, ...]
@@ -63,10 +64,25 @@ class Columns:
                     for rank, (_, child) in enumerate(members):
                         self._ranks[id(child)] = (rank, len(members), f"{template}~{number}")
 
-    @property
-    def sizes(self) -> set[int]:
-        """The sizes of all classes that are long enough to be reduced."""
-        return {size for _, size, _ in self._ranks.values() if size >= LONG}
+    def long_classes(self) -> dict[int, list[Counter[Shape]]]:
+        """By size, the shapes in a member of every class that is long enough to be reduced."""
+        first = {node: size for node, (rank, size, _) in self._ranks.items() if rank == 0 and size >= LONG}
+        found: dict[int, Counter[Shape]] = defaultdict(Counter)
+        for segments in self._segments:
+            node, inside = self._root, []
+            for segment in segments:
+                node = node.children[segment]
+                if id(node) in first:
+                    inside.append(id(node))
+            if node.shape is not None:
+                for member in inside:
+                    found[member][canonical(node.shape)] += 1
+        result: dict[int, list[Counter[Shape]]] = defaultdict(list)
+        for member, shapes in found.items():
+            size = first[member]
+            if shapes not in result[size]:
+                result[size].append(shapes)
+        return result
 
     def place(self, sizes: set[int] | None = None) -> list[tuple[str, Coordinates, tuple[int, ...]]]:
         """For every key its column, coordinates and the column's dimensions, reducing classes of these sizes only."""

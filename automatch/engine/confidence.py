@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from automatch.engine.assemble import Fed
+from automatch.engine.conventions import OTHER_HEAD
 from automatch.engine.features import NAMES, pair_features
 from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
@@ -19,13 +20,16 @@ from automatch.mapping import Alternative, Evidence, Match
 from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
 
-KEEP = 0.35  # below this a pair is more likely wrong than worth showing
+KEEP = 0.4  # below this a pair is more likely wrong than worth showing
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
+PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
 IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
 CERTAIN = 0.999  # every key under its own name, one prefix aside
+STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it goes, the evidence of single pairs did not
 TORN_CAP = 0.8  # one module fed from two
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
+OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 
@@ -50,7 +54,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     matches = []
     for fed in outcome.fed:
         deciders = [outcome.decided_by[j][1] for j in fed.items]
-        confidence = min(probability[j] for j in deciders)
+        confidence = min((probability[j] for j in deciders), default=PADDED)
         if fed.target in outcome.tied:
             confidence *= TIED
         if _is_unsure(fed):
@@ -115,11 +119,13 @@ def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
     backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
+    values = np.where(column["region"] <= -1 - 0.5 * OTHER_HEAD, np.minimum(values, OTHER_HEAD_CAP), values)
     twins = exchangeable(outcome)
     alike = np.array([j in twins for j in kept])
     apart = torn(outcome)
     values = np.where([j in apart for j in kept], np.minimum(values, TORN_CAP), values)
     values = np.where(spare | alike, np.minimum(values, SPARE_CAP), values)
+    values = np.where([j in outcome.straightened for j in kept], np.clip(values, *STRAIGHTENED), values)
     return np.where(backwards, np.minimum(values, UPWARD_CAP), values)
 
 
@@ -155,6 +161,8 @@ class _Evidences:
 
     def of(self, deciders: tuple[int, ...]) -> tuple[float, Evidence]:
         """The raw score and the evidence."""
+        if not deciders:
+            return 0.0, Evidence()
         if deciders not in self._known:
             score, name, shape, order, context = self._columns[:, [self._pair_of[j] for j in deciders]].mean(1).tolist()
             evidence = Evidence(round(name, 4), round(shape, 4), 1.0, round(order, 4), round(context, 4))
@@ -173,8 +181,8 @@ class _RunnersUp:
             self._pairs[t].append(k)
 
     def of(self, fed: Fed, confidence: float) -> tuple[Alternative, ...]:
-        outcome, (j, *more) = self._outcome, fed.items
-        if more or j not in self._position or fed.target in outcome.tied:
+        outcome, j = self._outcome, fed.items[0] if len(fed.items) == 1 else -1
+        if j not in self._position or fed.target in outcome.tied:
             return ()
         solution, chosen = outcome.solution, outcome.pair_of.get(j)
         others = [k for k in self._pairs[self._position[j]] if k != chosen and solution.score[k] > 0]

@@ -17,6 +17,7 @@ from automatch.keys import pieces_of
 Alias = tuple[tuple[str, ...], tuple[str, ...], str, str]  # context words, words, area, part
 
 
+OTHER_HEAD = 2.0  # the pooler is never what stands before the words' output layer, however alike their shapes are
 Label = tuple[tuple[str, str] | None, tuple[str | None, ...]]
 
 
@@ -147,21 +148,23 @@ def _contains(words: tuple[str, ...], run: tuple[str, ...]) -> bool:
 
 
 def concept_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, table: Conventions) -> tuple[np.ndarray, np.ndarray]:
-    """Agreement in [-1, 1] of what the names of each pair mean, and of the regions they lie in."""
+    """Agreement in [-1, 1] of what the names of each pair mean, and of the regions they lie in (less for two different heads)."""
     names_t = [words_in_order(target, j) for j in range(target.n)]
     names_s = [words_in_order(source, i) for i in range(source.n)]
     known = {name: (concept(name, table), regions(name, table)) for name in dict.fromkeys((*names_t, *names_s))}
     labels_t, labels_s = _labels(target, names_t, known, table), _labels(source, names_s, known, table)
     unique = {label: n for n, label in enumerate(dict.fromkeys((*labels_t, *labels_s)))}
+    heads = list(table.regions).index("head")
     agree = np.zeros((len(unique), len(unique)))
     where = np.zeros((len(unique), len(unique)))
     for a, i in unique.items():
         for b, j in unique.items():
             agree[i, j] = _agreement(a[0], b[0])
-            where[i, j] = sum(_region_agreement(x, y) for x, y in zip(a[1], b[1], strict=True))
+            where[i, j] = max(-1.0, min(1.0, sum(_region_agreement(x, y) for x, y in zip(a[1], b[1], strict=True))))
+            where[i, j] -= OTHER_HEAD * (a[1][heads] is not None and b[1][heads] is not None and a[1][heads] != b[1][heads])
     of_t = np.array([unique[label] for label in labels_t])
     of_s = np.array([unique[label] for label in labels_s])
-    return agree[of_t[t], of_s[s]], np.clip(where[of_t[t], of_s[s]], -1, 1)
+    return agree[of_t[t], of_s[s]], where[of_t[t], of_s[s]]
 
 
 def _labels(side: Side, names: Sequence[tuple[str, ...]], known: Mapping[tuple[str, ...], Label], table: Conventions) -> list[Label]:

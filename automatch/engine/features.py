@@ -64,7 +64,7 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         "count": _counts(left, right, t, s),
         "upward": np.array([_backwards_risk(left, right, int(j), int(i)) for j, i in zip(t, s, strict=True)]),
         **_roots(left, right, t, s, evidence["concept"]),
-        "registered": np.full(len(k), float(left.order == right.order == "registered")),
+        "registered": left.order_trust[s] * right.order_trust[t],
     }
     return kept, np.stack([parts[name] for name in NAMES], axis=1)
 

@@ -54,7 +54,25 @@ def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
     skipped = set(without)
     entries = [tensor for tensor in spec if tensor.key not in skipped]
     ending = _common_ending([tensor.key for tensor in entries])
-    return [Item(_plain(t.key[: len(t.key) - len(ending)]), t.shape, t.kind, t.owner, (t.key,)) for t in entries]
+    keys = _numbered_from_zero([_plain(t.key[: len(t.key) - len(ending)]) for t in entries])
+    return [Item(key, t.shape, t.kind, t.owner, (t.key,)) for key, t in zip(keys, entries, strict=True)]
+
+
+_UNIQUE = re.compile(r"(.*[^\d_])_1$")
+
+
+def _numbered_from_zero(keys: Sequence[str]) -> list[str]:
+    """Keys in which a module that Keras or TensorFlow made unique (``dense``, ``dense_1``) has the number 0 it was not given."""
+    modules = {tuple(segments[:depth]) for segments in map(segments_of, keys) for depth in range(1, len(segments))}
+    plain = {(*path[:-1], found[1]) for path in modules if (found := _UNIQUE.fullmatch(path[-1])) and (*path[:-1], found[1]) in modules}
+    if not plain:
+        return list(keys)
+    result = []
+    for key in keys:
+        segments = segments_of(key)
+        named = [f"{s}_0" if tuple(segments[: d + 1]) in plain else s for d, s in enumerate(segments)]
+        result.append("/".join(named) if "/" in key else ".".join(named))
+    return result
 
 
 # What torch.nn.utils.parametrizations stores, under the names of the older torch.nn.utils functions.

@@ -156,11 +156,12 @@ def split_fused(items: Sequence[Item], others: Sequence[Item], *, is_target: boo
         have = theirs[canonical(item.shape)]
         if len(item.reals) == 1 and (not have or hinted_parts(item.key)):
             by_template[template_of(item.key), item.shape].append(i)
+    pairs = any(hinted_parts(item.key) == 2 for item in others)
     plans: dict[int, tuple[int, tuple[int, ...]]] = {}
     for (_, shape), members in by_template.items():
         if len(shape) < 2 and not hinted_parts(items[members[0]].key):
             continue
-        plan = _plan(items[members[0]].key, shape, len(members), mine, theirs, have=bool(theirs[canonical(shape)]))
+        plan = _plan(items[members[0]].key, shape, len(members), mine, theirs, have=bool(theirs[canonical(shape)]), pairs=pairs)
         if plan:
             plans.update(dict.fromkeys(members, plan))
     plans.update(_biases(items, plans))
@@ -188,7 +189,7 @@ def _stem(key: str) -> str:
 
 
 def _plan(
-    key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Counter[Shape], *, have: bool
+    key: str, shape: Shape, count: int, mine: Counter[Shape], theirs: Counter[Shape], *, have: bool, pairs: bool
 ) -> tuple[int, tuple[int, ...]] | None:
     """Along which axis a fused tensor falls into which lengths, or None."""
     best, best_score = None, 0.0
@@ -198,7 +199,7 @@ def _plan(
         options: list[tuple[int, ...]] = []
         if size % 3 == 0:
             options.append((size // 3,) * 3)
-            if hint == 3:
+            if hint == 3 and pairs:
                 options.append((size // 3, 2 * size // 3))
         if size % 2 == 0:
             options.append((size // 2,) * 2)

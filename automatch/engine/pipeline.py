@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from automatch.engine.assemble import Fed, assemble
-from automatch.engine.conventions import concept, shipped_conventions, words_in_order
 from automatch.engine.items import Item, items_of
-from automatch.engine.names import Lexicon
+from automatch.engine.mirror import keep_directions
 from automatch.engine.parts import with_virtual_items
 from automatch.engine.reduction import Reduction, expand, reduce_repeats
-from automatch.engine.sides import Side
+from automatch.engine.registration import Precedence
+from automatch.engine.sides import Order, Side, order_kind
 from automatch.engine.solve import Solution, Weights, assign, solve
-from automatch.keys import template_of
-from automatch.specs import StateSpec, TensorSpec
-from automatch.transforms import Copy
+from automatch.engine.tables import Tables
+from automatch.engine.ties import with_padded, with_ties
+from automatch.engine.whole import keep_whole
+from automatch.keys import segments_of, template_of
+from automatch.specs import StateSpec
 
 PINNED = 10.0  # of the score, out of about 25
 
@@ -36,6 +38,7 @@ class Outcome:
         fed: what feeds each real target key.
         tied: keys of `fed` that repeat another key's source.
         agreed: target to source templates that pins have decided.
+        straightened: kept target positions in lists that were fed in no one direction before.
     """
 
     source: StateSpec
@@ -51,12 +54,13 @@ class Outcome:
     fed: list[Fed]
     tied: dict[str, str]
     agreed: Mapping[str, str]
+    straightened: frozenset[int]
 
 
 def run_stages(
     source: StateSpec,
     target: StateSpec,
-    lexicon: Lexicon,
+    tables: Tables,
     weights: Weights,
     *,
     without_sources: Sequence[str] = (),
@@ -68,24 +72,52 @@ def run_stages(
     aliases = [t.key for t in target if t.alias_of is not None and t.alias_of in target]
     source_items, target_items = with_virtual_items(items_of(source, without_sources), items_of(target, [*without_targets, *aliases]))
     reduction = reduce_repeats(source_items, target_items, exhaustive=exhaustive)
-    left = Side([source_items[i] for i in reduction.source_kept])
-    right = Side([target_items[j] for j in reduction.target_kept])
-    solution = solve(left, right, lexicon, weights)
+    kept = [source_items[i] for i in reduction.source_kept], [target_items[j] for j in reduction.target_kept]
+    left, right = _sides(kept, (_order_of(source), _order_of(target)), tables.precedence)
+    solution = solve(left, right, tables.lexicon, weights)
     if agreed:
         _follow(agreed, solution, left, right)
-    chosen = assign(solution, right.n, left.n, weights.none)
     index = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(solution.t, solution.s, strict=True))}
+    first = assign(solution, right.n, left.n, weights.none)
+    chosen, torn = keep_directions(first, left, right)
+    solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])
+    chosen = keep_whole(chosen, left, right, (source, target))
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}
     solved = {reduction.target_kept[j]: reduction.source_kept[i] for j, i in chosen.items()}
     decided_by = expand(reduction, solved)
     pairs = {j: i for j, (i, _) in decided_by.items()}
     transposed = square_votes(source_items, target_items, pairs)
     fed = assemble(source_items, target_items, pairs, transposed)
-    outcome = Outcome(
-        source, target, source_items, target_items, reduction, (left, right), solution, weights, pair_of, decided_by, fed, {}, agreed or {}
+    fed, tied = with_ties(source, target, with_padded(source, target, fed, set(without_targets)), set(without_targets))
+    return Outcome(
+        source,
+        target,
+        source_items,
+        target_items,
+        reduction,
+        (left, right),
+        solution,
+        weights,
+        pair_of,
+        decided_by,
+        fed,
+        tied,
+        agreed or {},
+        frozenset(reduction.target_kept[j] for j in torn),
     )
-    _follow_ties(outcome, set(without_targets))
-    return outcome
+
+
+def _sides(items: tuple[list[Item], list[Item]], orders: tuple[Order, Order], precedence: Precedence) -> tuple[Side, Side]:
+    """Both sides; where one alone is in order of registration, its names help to restore the other's."""
+    sides: list[Side] = []
+    for own, other, order, example in zip(items, items[::-1], orders, orders[::-1], strict=True):
+        learns = order != "registered" and example == "registered"
+        sides.append(Side(own, precedence.with_order_of(item.key for item in other) if learns else precedence, order))
+    return sides[0], sides[1]
+
+
+def _order_of(spec: StateSpec) -> Order:
+    return order_kind(spec.keys, [segments_of(key) for key in spec.keys])
 
 
 def _follow(agreed: Mapping[str, str], solution: Solution, left: Side, right: Side) -> None:
@@ -129,66 +161,3 @@ class square_votes:  # noqa: N801 - used like a function
             if plain + transposed:
                 return transposed > plain
         return False
-
-
-# ---- ties ------------------------------------------------------------------------------------------------------
-
-_TIED = {("embedding", "token"), ("head", "lm")}
-
-
-def _follow_ties(outcome: Outcome, decided: set[str]) -> None:
-    """Feed keys that repeat another tensor: aliases of the model, and vocabulary tensors that models tie."""
-    fed = {f.target: f for f in outcome.fed}
-    for tensor in outcome.target:
-        if tensor.alias_of in fed and tensor.key not in fed and tensor.key not in decided:
-            base = fed[tensor.alias_of]
-            sources = _namesake(outcome.source, base, tensor) or base.sources
-            outcome.fed.append(Fed(tensor.key, sources, base.transform, base.items))
-            outcome.tied[tensor.key] = tensor.alias_of
-    unfed = [t for t in outcome.target if t.key not in fed and t.key not in decided and t.alias_of is None and t.kind != "buffer"]
-    if not unfed:
-        return
-    used = {key for f in outcome.fed for key in f.sources}
-    spare = {t.shape for t in outcome.source if t.key not in used}
-    vocabulary = _vocabulary(outcome, fed)
-    for tensor in unfed:
-        base = vocabulary.get(tensor.shape)
-        if base is not None and tensor.shape not in spare and (len(tensor.shape) == 2 or _names_vocabulary(tensor.key)):
-            outcome.fed.append(Fed(tensor.key, base.sources, base.transform, base.items))
-            outcome.tied[tensor.key] = base.target
-
-
-def _namesake(source: StateSpec, base: Fed, tensor: TensorSpec) -> tuple[str] | None:
-    """The checkpoint's own copy of a tied tensor: the key that relates to it as the base's source does to the base."""
-    key, found = base.target, base.sources[0]
-    if isinstance(base.transform, Copy) and (found.endswith(key) or key.endswith(found)):
-        own = found[: -len(key)] + tensor.key if found.endswith(key) else tensor.key.removeprefix(key[: -len(found)])
-        if own in source and source[own].shape == tensor.shape:
-            return (own,)
-    return None
-
-
-def _vocabulary(outcome: Outcome, fed: Mapping[str, Fed]) -> dict[tuple[int, ...], Fed]:
-    """The fed vocabulary tensors by shape: the token embedding or output layer, and the bias of the latter."""
-    result: dict[tuple[int, ...], Fed] = {}
-    for key, f in fed.items():
-        shape = outcome.target[key].shape
-        if len(shape) == 2 and shape[0] > shape[1] > 1 and len(f.sources) == 1 and _names_vocabulary(key):
-            result.setdefault(shape, f)
-    rows = {shape[0] for shape in result}
-    for key, f in fed.items():
-        shape = outcome.target[key].shape
-        if len(shape) == 1 and shape[0] in rows and len(f.sources) == 1:
-            result.setdefault(shape, f)
-    return result
-
-
-def _names_vocabulary(key: str) -> bool:
-    words = _plain_words(key)
-    found = concept(words, shipped_conventions())
-    return found in _TIED or any(word in ("decoder", "predictions", "shared", "embed", "head", "lm") for word in words)
-
-
-def _plain_words(key: str) -> tuple[str, ...]:
-    side = Side([Item(key, (), None, None, (key,))])
-    return words_in_order(side, 0)

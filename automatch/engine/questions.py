@@ -1,21 +1,22 @@
 """Few decisions that settle many keys: choices in which nothing but order speaks for what was chosen.
 
-Three kinds are found on the solved items and then carried over to all keys:
+Beside those about lists (`automatch.engine.lists`), three kinds are found on the solved items and then carried over to all keys:
 
 - *exchange*: two kinds of keys (``w1``/``w3`` in all layers) whose sources could be exchanged;
 - *copy*: the sources lie in a module that has a twin which feeds nothing (two encoders, an average);
-- *direction*: a list whose members are alike may run the other way round.
+- *order*: two parts are fused under a name that does not say in which order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from automatch.engine.confidence import Judged
+from automatch.engine.confidence import SPARE_CAP, Judged
+from automatch.engine.lists import Choice, Open, list_questions
 from automatch.engine.pipeline import Outcome
 from automatch.keys import segments_of, template_of
 from automatch.mapping import CONFIDENT, Match, Option, Question
@@ -24,33 +25,26 @@ MOST = 12  # more open questions than a person would answer are not asked
 EXCHANGE_LEAD = 3.0  # of the score, out of about 25
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
-    text: str
-    labels: tuple[str, str]
-    other: Mapping[str, Match]  # target to what the other option feeds it
-    confidence: float
-    own: Mapping[str, Match] | None = None  # likewise for the first option, where it is not the proposal itself
-
-
 def find_questions(outcome: Outcome, judged: Judged) -> tuple[Question, ...]:
     """The open questions, those on which most keys hang first."""
     current = {match.target: match for match in judged.matches}
-    found = [*_copies(outcome, current), *_orders(current), *_exchanges(outcome, current), *_reversals(current)]
-    found.sort(key=lambda o: -len(o.other))
+    found = [*_copies(outcome, current), *_orders(current), *_exchanges(outcome, current), *list_questions(outcome, current)]
+    found.sort(key=lambda o: -len(o.choices[-1].matches))
     questions, settled = [], set[str]()
     for item in found:
-        keys = [key for key in item.other if key in current]
+        keys = [key for key in item.choices[-1].matches if key in current]
         if not keys or settled & set(keys) or len(questions) == MOST:
             continue
         settled.update(keys)
-        options = (
-            Option(item.labels[0], tuple((item.own or current)[key] for key in keys), round(item.confidence, 6)),
-            Option(item.labels[1], tuple(item.other[key] for key in keys), round(1 - item.confidence, 6)),
-        )
-        text = f"{item.text} {len(keys)} keys hang on it."
-        questions.append(Question(f"q{len(questions) + 1}", text, options, tuple(keys)))
+        options = tuple(Option(c.label, tuple(c.matches[key] for key in keys), round(c.confidence, 6)) for c in item.choices)
+        questions.append(Question(f"q{len(questions) + 1}", f"{item.text} {len(keys)} keys hang on it.", options, tuple(keys)))
     return tuple(questions)
+
+
+def _either(text: str, labels: tuple[str, str], own: Mapping[str, Match], other: Mapping[str, Match], confidence: float) -> Open:
+    """A question with two answers, the first of which is the proposal."""
+    shared = {key: own[key] for key in other if key in own}
+    return Open(text, (Choice(labels[0], shared, confidence), Choice(labels[1], other, 1 - confidence)))
 
 
 def _mean(matches: Iterable[Match]) -> float:
@@ -61,7 +55,7 @@ def _mean(matches: Iterable[Match]) -> float:
 # ---- a twin module that feeds nothing ----------------------------------------------------------------------------
 
 
-def _copies(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
+def _copies(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
     """Two prefixes of the checkpoint that hold the same keys and shapes, when the model takes only one of them."""
     used = {key for match in current.values() for key in match.sources}
     spare: dict[tuple[str, tuple[int, ...]], list[tuple[str, str]]] = defaultdict(list)
@@ -82,13 +76,13 @@ def _copies(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
     first = {key: n for n, key in enumerate(outcome.source.keys)}
     result = []
     for (a, b), pairs in choices.items():
-        if len(pairs) < 4:
+        if len(pairs) < 4 or template_of(a) == template_of(b):  # members of one list: a question of its own
             continue
         sides = ({t: x for t, (x, _) in pairs.items()}, {t: y for t, (_, y) in pairs.items()})
         leads = _earliest(sides[0], first) < _earliest(sides[1], first)  # nothing but the order in the file speaks for either
         one, two, names = (sides[0], sides[1], (a, b)) if leads else (sides[1], sides[0], (b, a))
         text = f"The checkpoint holds {names[0]!r} and {names[1]!r}, alike in names and shapes: which one does the model take?"
-        result.append(_Open(text, names, two, 0.5, own=one))
+        result.append(_either(text, names, one, two, 0.5))
     return _largest_only(result)
 
 
@@ -101,11 +95,11 @@ def _earliest(matches: Mapping[str, Match], position: Mapping[str, int]) -> int:
     return min(position[m.sources[0]] for m in matches.values())
 
 
-def _largest_only(found: Sequence[_Open]) -> list[_Open]:
+def _largest_only(found: Sequence[Open]) -> list[Open]:
     """Of questions about the same keys, the one that settles most."""
-    result: list[_Open] = []
-    for item in sorted(found, key=lambda o: -len(o.other)):
-        if not any(item.other.keys() & kept.other.keys() for kept in result):
+    result: list[Open] = []
+    for item in sorted(found, key=lambda o: -len(o.choices[-1].matches)):
+        if not any(item.choices[-1].matches.keys() & kept.choices[-1].matches.keys() for kept in result):
             result.append(item)
     return result
 
@@ -113,7 +107,7 @@ def _largest_only(found: Sequence[_Open]) -> list[_Open]:
 # ---- the order of fused parts --------------------------------------------------------------------------------------
 
 
-def _orders(current: Mapping[str, Match]) -> list[_Open]:
+def _orders(current: Mapping[str, Match]) -> list[Open]:
     """Doubtful concatenations of two parts: the other order."""
     kinds: dict[str, dict[str, Match]] = defaultdict(dict)
     for match in current.values():
@@ -123,14 +117,14 @@ def _orders(current: Mapping[str, Match]) -> list[_Open]:
     for kind, other in kinds.items():
         a, b = (_module(template_of(key)) for key in next(iter(other.values())).sources[::-1])
         text = f"In which order are {a!r} and {b!r} fused in {kind!r}?"
-        result.append(_Open(text, (f"{a}, {b}", f"{b}, {a}"), other, _mean(current[key] for key in other)))
+        result.append(_either(text, (f"{a}, {b}", f"{b}, {a}"), current, other, _mean(current[key] for key in other)))
     return result
 
 
 # ---- two kinds that could be exchanged -----------------------------------------------------------------------------
 
 
-def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
+def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
     """Pairs of target kinds whose sources fit each other nearly as well as their own."""
     kinds: dict[str, list[Match]] = defaultdict(list)
     for match in current.values():
@@ -154,7 +148,7 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[_Open]:
         left, right = _source_modules(current, other)
         text = f"Do {left!r} and {right!r} go to {a!r} and {b!r} in this order, or the other way round?"
         labels = (f"{left} → {a}, {right} → {b}", f"{right} → {a}, {left} → {b}")
-        result.append(_Open(text, labels, other, max(0.5, _mean(current[key] for key in other))))
+        result.append(_either(text, labels, current, other, max(0.5, _mean(current[key] for key in other))))
     return result
 
 
@@ -181,7 +175,8 @@ def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, s
             count += 1
         result[x.target] = replace(x, sources=y.sources, transform=y.transform, alternatives=())
         result[y.target] = replace(y, sources=x.sources, transform=x.transform, alternatives=())
-    return result if count and loss / count < 2 * EXCHANGE_LEAD else {}
+    equals = max(match.confidence for match in (*a, *b)) <= SPARE_CAP  # found to be so where confidence is given
+    return result if count and (equals or loss / count < 2 * EXCHANGE_LEAD) else {}
 
 
 def _module(kind: str) -> str:
@@ -191,50 +186,3 @@ def _module(kind: str) -> str:
 def _source_modules(current: Mapping[str, Match], other: Mapping[str, Match]) -> tuple[str, str]:
     first = next(iter(other))
     return _module(template_of(current[first].sources[0])), _module(template_of(other[first].sources[0]))
-
-
-# ---- a list that may run backwards ----------------------------------------------------------------------------------
-
-
-def _reversals(current: Mapping[str, Match]) -> list[_Open]:
-    """Doubtful lists whose members have the same keys and shapes: the same assignment with the sources in reverse."""
-    lists: dict[tuple[str, str], dict[int, list[Match]]] = defaultdict(lambda: defaultdict(list))
-    for match in current.values():
-        if len(match.sources) != 1 or match.confidence >= CONFIDENT:
-            continue
-        found = _listed(match.target, match.sources[0])
-        if found is not None:
-            where, rank = found
-            lists[where][rank].append(match)
-    result = []
-    for (a, b), members in lists.items():
-        order = sorted(members)
-        if len(order) < 2:
-            continue
-        forward = [members[rank] for rank in order]
-        other: dict[str, Match] = {}
-        for own, opposite in zip(forward, reversed(forward), strict=True):
-            sources = {segments_of(m.target)[len(a.split(".")) + 1 :][-3:].__repr__(): m for m in opposite}
-            for match in own:
-                twin = sources.get(segments_of(match.target)[len(a.split(".")) + 1 :][-3:].__repr__())
-                if twin is not None:
-                    other[match.target] = replace(match, sources=twin.sources, transform=twin.transform, alternatives=())
-        if len(other) >= 2:
-            labels = ("in this order", "reversed")
-            text = f"Do the members of {b!r} go to those of {a!r} in this order, or reversed?"
-            result.append(_Open(text, labels, other, max(0.5, _mean(m for ms in forward for m in ms))))
-    return result
-
-
-def _listed(target: str, source: str) -> tuple[tuple[str, str], int] | None:
-    """The outermost numbered segment of a target key with its list, and the list of its source."""
-    for depth, segment in enumerate(segments_of(target)):
-        if any(character.isdigit() for character in segment):
-            digits = "".join(character for character in segment if character.isdigit())
-            stem = ".".join(segments_of(target)[:depth])
-            for other_depth, other in enumerate(segments_of(source)):
-                if any(character.isdigit() for character in other):
-                    name = ".".join([*segments_of(source)[:other_depth], template_of(other)])
-                    return (stem, name), int(digits)
-            return None
-    return None

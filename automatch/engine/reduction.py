@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from automatch.engine.columns import Columns, Coordinates, is_kept
-from automatch.engine.items import Item
+from automatch.engine.items import Item, Shape
 
+ALIKE = 0.6  # of the shapes of two members that may stand for one another
 Place = tuple[str, Coordinates, tuple[int, ...]]
 
 
@@ -23,12 +24,20 @@ class Reduction:
 
 
 def reduce_repeats(source: Sequence[Item], target: Sequence[Item], *, exhaustive: bool = False) -> Reduction:
-    """Leave out the inner members of long classes that both sides have in the same length."""
+    """Leave out the inner members of long classes that both sides have in the same length and with mostly the same shapes.
+
+    A list of layers beside an equally long list of pairs of layers is solved member by member.
+    """
     sides = [Columns([i.key for i in items], [i.shape for i in items]) for items in (source, target)]
-    sizes = set() if exhaustive else sides[0].sizes & sides[1].sizes
+    one, two = ({}, {}) if exhaustive else (side.long_classes() for side in sides)
+    sizes = {size for size in one.keys() & two.keys() if any(_alike(a, b) for a in one[size] for b in two[size])}
     places = [side.place(sizes) for side in sides]
     kept = [tuple(i for i, (_, coordinates, dims) in enumerate(p) if is_kept(coordinates, dims)) for p in places]
     return Reduction(kept[0], kept[1], places[0], places[1])
+
+
+def _alike(one: Counter[Shape], two: Counter[Shape]) -> bool:
+    return (one & two).total() >= ALIKE * (one | two).total()
 
 
 def expand(reduction: Reduction, solved: Mapping[int, int]) -> dict[int, tuple[int, int]]:

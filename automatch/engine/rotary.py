@@ -70,7 +70,7 @@ def _is_query_or_key(match: Match, target: StateSpec) -> bool:
         len(match.sources) == 1
         and _QUERY_KEY.search(match.target) is not None
         and match.transform == Copy()
-        and len(target[match.target].shape) <= 2
+        and 1 <= len(target[match.target].shape) <= 2
         and "norm" not in match.target
     )
 

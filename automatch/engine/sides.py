@@ -11,9 +11,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from automatch.engine.items import Item
-from automatch.keys import natural_order, pieces_of, segments_of, template_of
+from automatch.engine.registration import SURE, Precedence, restored
+from automatch.keys import pieces_of, segments_of, template_of
 
 Order = Literal["registered", "sorted", "none"]
+
+NEAR = 3  # modules around an item whose order decides how far its place is trusted
 
 
 class Node:
@@ -34,20 +37,19 @@ class Side:
     loop index (the same submodule repeated) rather than part of a name.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], precedence: Precedence | None = None, order: Order | None = None) -> None:
         self.items = list(items)
         self.n = len(self.items)
         self._owner_runs: tuple[np.ndarray, np.ndarray, sp.csr_matrix] | None = None
         self.keys = [item.key for item in self.items]
         self.shapes = [item.shape for item in self.items]
         self.segments = [segments_of(key) for key in self.keys]
-        self.order = order_kind(self.keys, self.segments)
-        if self.order == "none" or self.order == "sorted":
-            rank = {key: i for i, key in enumerate(sorted(self.keys, key=natural_order))}
-            self.position = np.array([rank[key] for key in self.keys], dtype=np.float64)
-        else:
-            self.position = np.arange(self.n, dtype=np.float64)
+        self.order = order or order_kind(self.keys, self.segments)
+        self.precedence = precedence or Precedence()
         self._grow()
+        self.position, self.order_trust = (
+            (np.arange(self.n, dtype=np.float64), np.ones(self.n)) if self.order == "registered" else self._restored_order()
+        )
         self._loops()
         self._words()
 
@@ -74,6 +76,40 @@ class Side:
         rows = [i for i, path in enumerate(self.paths) for _ in path[1:]]
         cols = [node for path in self.paths for node in path[1:]]
         self.ancestors = sp.csr_matrix((np.ones(len(rows)), (rows, cols)), shape=(self.n, len(self.nodes)))
+
+    def _restored_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions as the model would have registered the items, and how much is known of each one's, in [0, 1]."""
+        known: dict[tuple[str, ...], tuple[dict[str, int], float]] = {}
+        found: list[tuple[dict[str, int], float]] = []
+        for depth, node in zip(self._depths(), self.nodes, strict=True):
+            siblings = tuple(dict.fromkeys(self.segments[i][depth] for i in node.keys))
+            if siblings not in known:
+                order, sure = restored(siblings, self.precedence)
+                known[siblings] = ({segment: rank for rank, segment in enumerate(order)}, sure)
+            found.append(known[siblings])
+        ways = [
+            tuple(found[node][0][s] for node, s in zip(path, segs, strict=True))
+            for path, segs in zip(self.paths, self.segments, strict=True)
+        ]
+        position = np.empty(self.n)
+        position[sorted(range(self.n), key=ways.__getitem__)] = np.arange(self.n)
+        return position, np.array([float(np.mean([found[node][1] for node in path[-NEAR:]])) for path in self.paths])
+
+    def _depths(self) -> list[int]:
+        depths = [0] * len(self.nodes)
+        for path in self.paths:
+            for depth, node in enumerate(path):
+                depths[node] = depth
+        return depths
+
+    def order_is_sure(self, one: int, two: int) -> bool:
+        """Whether it is known which of two items comes first."""
+        if self.order == "registered":
+            return True
+        for a, b in zip(self.segments[one], self.segments[two], strict=False):
+            if a != b:
+                return abs(self.precedence.odds(a, b)) >= SURE
+        return False
 
     def _loops(self) -> None:
         """Find which numbered children repeat one structure; only nodes whose children are numbered matter."""

@@ -1,4 +1,4 @@
-"""The learnt tables: word lexicon and confidence model, read from data files fitted by ``benchmarks/fit.py``."""
+"""The learnt tables: word lexicon, order of registration and confidence model, read from data files fitted by ``benchmarks/fit.py``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from automatch.engine.names import Lexicon
+from automatch.engine.registration import Precedence, read_precedence
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Tables:
 
     lexicon: Lexicon
     confidence: Trees
+    precedence: Precedence
 
 
 _override: ContextVar[Tables | None] = ContextVar("automatch_tables", default=None)
@@ -87,6 +89,7 @@ def _shipped() -> Tables:
     return Tables(
         read_lexicon(json.loads(folder.joinpath("lexicon.json").read_text())),
         read_trees(json.loads(folder.joinpath("confidence.json").read_text())),
+        read_precedence(json.loads(folder.joinpath("order.json").read_text())),
     )
 
 

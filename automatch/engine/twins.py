@@ -9,6 +9,7 @@ import numpy as np
 
 from automatch.engine.features import MEANING
 from automatch.engine.pipeline import Outcome
+from automatch.engine.sides import Side
 from automatch.keys import template_of
 
 LEAD = 0.3  # of the score, out of about 25
@@ -29,7 +30,7 @@ def torn(outcome: Outcome) -> set[int]:
 
 
 def exchangeable(outcome: Outcome) -> set[int]:
-    """Kept target positions of decided pairs that only an order of keys that is not the model's own tells apart.
+    """Kept target positions of decided pairs that only an order of keys tells apart that nobody knows to be the model's own.
 
     Where both sides are in registration order, order is evidence, and the confidence model weighs it.
     """
@@ -49,9 +50,15 @@ def exchangeable(outcome: Outcome) -> set[int]:
         for (one, t, s), (two, u, r) in combinations(members[:CROWD], 2):
             crossed = index.get((t, r)), index.get((u, s))
             pinned = template_of(right.keys[t]) in outcome.agreed or template_of(right.keys[u]) in outcome.agreed
-            if pinned or crossed[0] is None or crossed[1] is None:
+            ordered = left.order_is_sure(s, r) and right.order_is_sure(t, u) and _parallel(left, right, (t, s), (u, r))
+            if pinned or ordered or crossed[0] is None or crossed[1] is None:
                 continue
             lead = meaning[index[t, s]] + meaning[index[u, r]] - meaning[crossed[0]] - meaning[crossed[1]]
             if lead <= LEAD:
                 found.update((one, two))
     return found
+
+
+def _parallel(left: Side, right: Side, one: tuple[int, int], two: tuple[int, int]) -> bool:
+    """Whether two pairs stand in the same order on both sides."""
+    return bool((right.position[one[0]] < right.position[two[0]]) == (left.position[one[1]] < left.position[two[1]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,8 +37,12 @@ def verdict_of(source: StateSpec, target: StateSpec, matches: Sequence[Match]) -
     resized = [t for t in missing if t.key in source and source[t.key].shape != t.shape]
     if share >= 0.9 or (resized and len(resized) == len(missing)):
         kind = "resized" if resized else "partial" if len(missing) > 4 else "renamed"
-        return Verdict(kind, f"The same architecture, but {len(missing)} parameters of the model have no counterpart.", causes)
+        return Verdict(kind, f"The same architecture, but {len(missing)} {_plural(len(missing))} no counterpart.", causes)
     return Verdict("partial", f"A shared part: {share:.0%} of the model's parameters have a counterpart, the rest have none.", causes)
+
+
+def _plural(count: int) -> str:
+    return "parameter of the model has" if count == 1 else "parameters of the model have"
 
 
 def _causes(source: StateSpec, target: StateSpec, matches: Sequence[Match], missing: Sequence[object]) -> list[str]:
@@ -90,15 +95,16 @@ def _only_prefix(matches: Sequence[Match]) -> bool:
 
 
 def shift_warnings(source: StateSpec, matches: Sequence[Match]) -> list[str]:
-    """Keys whose namesake exists with the same shape, and was overruled."""
+    """Keys whose namesake exists with the same shape, and was overruled: one line for every module they lie in."""
     shifted: Counter[str] = Counter()
     example: dict[str, tuple[str, str]] = {}
     for match in matches:
-        if match.target in source and len(match.sources) == 1 and match.sources[0] != match.target:
-            template = template_of(match.target)
-            shifted[template] += 1
-            example.setdefault(template, (match.target, match.sources[0]))
+        namesake = match.target in source and not match.target.endswith(_HARMLESS)
+        if namesake and len(match.sources) == 1 and match.sources[0] != match.target:
+            outer = re.split(r"(?<=#)[./]", template_of(match.target), maxsplit=1)[0]
+            shifted[outer] += 1
+            example.setdefault(outer, (match.target, match.sources[0]))
     return [
-        f"index shift: {count} keys like {example[template][0]!r} take {example[template][1]!r}, not the tensor of the same name"
-        for template, count in sorted(shifted.items())
+        f"index shift: {count} keys like {example[outer][0]!r} take {example[outer][1]!r}, not the tensor of the same name"
+        for outer, count in sorted(shifted.items())
     ]

@@ -106,7 +106,7 @@ class Block(torch.nn.Module):
         self.get_submodule(mlp).add_module(down, _linear(4 * WIDTH, WIDTH, device))
 
 
-OLD = ("attention", "feed_forward", "wq", "wk", "wv", "wo", "fc1", "fc2", "norm")
+OLD = ("attention", "feed_forward", "query", "key", "value", "output", "fc1", "fc2", "norm")
 NEW = ("self_attn", "mlp", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "input_layernorm")
 
 

@@ -131,7 +131,7 @@ def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.
 
 def _is_unsure(fed: Fed) -> bool:
     steps = fed.transform.steps if isinstance(fed.transform, Chain) else (fed.transform,)
-    return any(isinstance(step, PermuteElements | Adapt) for step in steps)
+    return any(isinstance(step, (PermuteElements, Adapt)) for step in steps)  # a union would be made anew each time
 
 
 def _order_unsaid(fed: Fed) -> bool:

@@ -56,9 +56,14 @@ class _Pairing:
 
 def list_questions(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
     """Lists that may run backwards, and lists that are shorter than the checkpoint's."""
+    held: dict[str, set[int]] = defaultdict(set)
+    for key in outcome.source.keys:
+        found = _outermost(key)
+        if found is not None:
+            held[found[0]].add(found[1])
     result = []
     for pairing in _pairings(current):
-        found = _subset(outcome, pairing) or _reversal(outcome, pairing)
+        found = _subset(outcome, pairing, sorted(held[pairing.source])) or _reversal(outcome, pairing)
         if found is not None:
             result.append(found)
     return result
@@ -115,15 +120,10 @@ def _reversal(outcome: Outcome, pairing: _Pairing) -> Open | None:
     return Open(text, (Choice("in this order", own, sure), Choice("reversed", other, 1 - sure)))
 
 
-def _subset(outcome: Outcome, pairing: _Pairing) -> Open | None:
-    """Which members of a longer list a shorter one takes: the first, the last, every other, or spread evenly."""
+def _subset(outcome: Outcome, pairing: _Pairing, have: Sequence[int]) -> Open | None:
+    """Which members of a longer list (``have``) a shorter one takes: the first, the last, every other, or spread evenly."""
     targets, _ = _numbers(pairing)
-    depth, held = len(segments_of(pairing.source)), defaultdict[int, int](int)
-    for key in outcome.source.keys:
-        found = _outermost(key)
-        if found is not None and found[0] == pairing.source and len(segments_of(key)) > depth:
-            held[found[1]] += 1
-    have, n = sorted(held), len(targets)
+    n = len(targets)
     if len(have) * SHORT < n:
         return None
     proposed = {to: of for _, to, of in pairing.members}
@@ -154,6 +154,7 @@ def _habits(have: int, n: int) -> list[tuple[str, list[int]]]:
     step = have // n
     found = [(f"the first {n}", list(range(n))), (f"the last {n}", list(range(have - n, have)))]
     if step > 1:
-        found.append((f"every {step}th from the first", list(range(0, step * n, step))))
-        found.append((f"every {step}th, with the last", list(range(have - 1 - step * (n - 1), have, step))))
+        some = {2: "every other", 3: "every third"}.get(step, f"one in {step}")
+        found.append((f"{some}, from the first", list(range(0, step * n, step))))
+        found.append((f"{some}, up to the last", list(range(have - 1 - step * (n - 1), have, step))))
     return [*found, ("evenly, the first and the last among them", [round(i * (have - 1) / (n - 1)) for i in range(n)])]

@@ -64,8 +64,8 @@ def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: b
     if all(2 * theirs[shape] > count for shape, count in mine.items()):
         return list(items)
     places = Columns([i.key for i in items], [i.shape for i in items]).place()
-    other_places = Columns([i.key for i in others], [i.shape for i in others]).place()
-    repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=True) if place[2]}
+    other_places = Columns([i.key for i in others], [i.shape for i in others]).place() if any(dims for _, _, dims in places) else []
+    repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=False) if place[2]}
     shapes = Counter(item.shape for item in others)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
     for i, (column, coordinates, dims) in enumerate(places):

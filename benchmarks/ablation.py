@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
@@ -27,14 +28,15 @@ from unittest import mock
 import corpus_cases
 import figures
 
-from automatch.engine import solve  # the signals have no public face
+from automatch.engine import pipeline, solve  # the signals have no public face
+from automatch.engine.sides import Side
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {
     "names (spelling)": ("name",),
     "conventions": ("concept", "region"),
-    "order": ("rank", "sibling", "block", "position", "neighbour"),
-    "context": ("node", "template", "suffix", "neighbour"),
+    "order": ("rank", "sibling", "block", "position", "neighbour", "beside"),
+    "context": ("node", "template", "suffix", "neighbour", "beside", "owner", "direction", "consensus"),
     "everything but names": (
         "concept",
         "region",
@@ -47,7 +49,17 @@ GROUPS = {
         "template",
         "suffix",
         "neighbour",
+        "beside",
+        "owner",
+        "direction",
+        "consensus",
     ),
+}
+STEPS: dict[str, tuple[str, Callable[..., Any]]] = {  # what stands in a step's place in `automatch.engine.pipeline`
+    "whole modules": ("keep_whole", lambda chosen, *_: dict(chosen)),
+    "directions of lists": ("keep_directions", lambda chosen, *_: (dict(chosen), set())),
+    "order of registration": ("_sides", lambda items, orders, _: tuple(itertools.starmap(_unordered, zip(items, orders, strict=True)))),
+    "padded vocabularies": ("with_padded", lambda _source, _target, fed, _decided: list(fed)),
 }
 COLUMNS = ("perfect_share", "one_answer_share", "macro_recall", "wrong", "confident_wrong")
 
@@ -57,18 +69,25 @@ def signals() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(solve.Weights) if isinstance(f.default, float) and f.name != "none")
 
 
+def _unordered(items: list[Any], order: Any) -> Side:
+    """A side whose order of registration is only known if its keys still have it."""
+    return Side(items, order=order)
+
+
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Weigh the named signals nothing."""
-    unknown = set(names) - set(signals())
+    """Weigh the named signals nothing, and leave out the named steps."""
+    unknown = set(names) - set(signals()) - STEPS.keys()
     if unknown:
         raise ValueError(f"unknown signals {sorted(unknown)}; there are {', '.join(signals())}")
     original = solve.Weights
-    weights = functools.partial(original, **dict.fromkeys(names, 0.0))
+    weights = functools.partial(original, **{name: 0.0 for name in names if name not in STEPS})
     users = [m for name, m in sys.modules.items() if name.startswith("automatch.engine") and getattr(m, "Weights", None) is original]
     with ExitStack() as stack:
         for module in users:
             stack.enter_context(mock.patch.object(module, "Weights", weights))
+        for step, replacement in (STEPS[name] for name in names if name in STEPS):
+            stack.enter_context(mock.patch.object(pipeline, step, replacement))
         yield
 
 
@@ -83,7 +102,7 @@ def run_job(job: tuple[Path, str, tuple[str, ...]]) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per ablation and order, the whole engine first."""
-    switched = {"nothing": ()} | {f"`{name}`": (name,) for name in signals()} | GROUPS
+    switched = {"nothing": ()} | {f"`{name}`": (name,) for name in signals()} | GROUPS | {step: (step,) for step in STEPS}
     switched = {title: names for title, names in switched.items() if not args.only or title == "nothing" or title.strip("`") in args.only}
     paths = corpus_cases.case_paths(args.cases)
     rows = []
@@ -119,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="only cases whose id contains one of these words")
     parser.add_argument(
-        "--only", nargs="*", default=[], choices=[*signals(), *GROUPS], metavar="SIGNAL", help="only these signals or groups"
+        "--only", nargs="*", default=[], choices=[*signals(), *GROUPS, *STEPS], metavar="SIGNAL", help="only these signals or groups"
     )
     parser.add_argument("--orders", nargs="*", choices=corpus_cases.ORDERS, default=["file", "sorted"])
     parser.add_argument("--processes", type=int, default=2)

@@ -24,7 +24,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def spec(shapes: Shapes, origin: str = "model") -> StateSpec:
-    return StateSpec(tuple(TensorSpec(key, shape, "float32", "parameter" if origin == "model" else None) for key, shape in shapes.items()), origin)
+    kind: Any = "parameter" if origin == "model" else None
+    return StateSpec(tuple(TensorSpec(key, shape, "float32", kind) for key, shape in shapes.items()), origin)
 
 
 def sources(model: Shapes, ckpt: Shapes) -> dict[str, str]:
@@ -46,7 +47,10 @@ def load_case(name: str) -> dict[str, Any]:
 # ---- the order of registration ---------------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from(["conv1", "bn1", "conv2", "bn2", "norm", "attn", "mlp", "weight", "bias", "x7", "7", "10"]), min_size=1, unique=True))
+SIBLINGS = ("conv1", "bn1", "conv2", "bn2", "norm", "attn", "mlp", "weight", "bias", "x7", "7", "10")
+
+
+@given(st.lists(st.sampled_from(SIBLINGS), min_size=1, unique=True))
 def test_a_restored_order_holds_every_sibling_once_and_lower_numbers_first(siblings: list[str]) -> None:
     order, known = restored(sorted(siblings), current().precedence)
     assert sorted(order) == sorted(siblings)
@@ -65,7 +69,9 @@ def test_the_model_shows_the_order_of_the_names_it_shares_with_a_sorted_file() -
     assert restored(["alpha", "zeta"], own)[0] == ["zeta", "alpha"]
 
 
-@pytest.mark.parametrize("name", ["timm-convnext_tiny-to-tv-convnext_tiny", "tv-mobilenet_v2-to-timm-mobilenetv2_100", "hf-gpt2-to-nanogpt"])
+@pytest.mark.parametrize(
+    "name", ["timm-convnext_tiny-to-tv-convnext_tiny", "tv-mobilenet_v2-to-timm-mobilenetv2_100", "hf-gpt2-to-nanogpt"]
+)
 def test_a_sorted_file_gives_the_pairs_of_the_unsorted_one(name: str) -> None:
     case = load_case(name)
     plain, in_order = (match_specs(*case_specs(case, sort=sort), {}) for sort in (False, True))

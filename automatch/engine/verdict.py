@@ -34,7 +34,8 @@ def verdict_of(source: StateSpec, target: StateSpec, matches: Sequence[Match]) -
     if share >= 0.999:
         text = "The same model under other names" if sure > 0.5 else "Probably the same model under other names"
         return Verdict("renamed", f"{text}: every parameter has a counterpart.", causes)
-    resized = [t for t in missing if t.key in source and source[t.key].shape != t.shape]
+    sizes = {tuple(segments_of(t.key)[-2:]): t.shape for t in left}
+    resized = [t for t in missing if len(sizes.get(tuple(segments_of(t.key)[-2:]), ())) == len(t.shape) > 0]
     if share >= 0.9 or (resized and len(resized) == len(missing)):
         kind = "resized" if resized else "partial" if len(missing) > 4 else "renamed"
         return Verdict(kind, f"The same architecture, but {len(missing)} {_plural(len(missing))} no counterpart.", causes)

@@ -16,6 +16,7 @@ from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
 from automatch.engine.tables import Trees
 from automatch.engine.twins import exchangeable, torn
+from automatch.keys import segments_of
 from automatch.mapping import Alternative, Evidence, Match
 from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
@@ -25,10 +26,12 @@ TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
 IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
+MOSTLY = 0.9  # of the keys keep their names, so that a name is never an index that was shifted
 CERTAIN = 0.999  # every key under its own name, one prefix aside
 STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it goes, the evidence of single pairs did not
 TORN_CAP = 0.8  # one module fed from two
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
+STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
@@ -50,6 +53,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         values = _capped(outcome, kept, rows, values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
     identical = _identical_parts(outcome)
+    same_name = _KeptNames(outcome)
     runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
     matches = []
     for fed in outcome.fed:
@@ -61,7 +65,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
             confidence = min(confidence, 0.6)
         if _order_unsaid(fed):
             confidence = min(confidence, ORDER_CAP)
-        if identical.get(fed.target) == fed.sources and isinstance(fed.transform, Copy):
+        kept_name = identical.get(fed.target) == fed.sources or fed in same_name
+        if kept_name and isinstance(fed.transform, Copy):
             confidence = max(confidence, IDENTICAL)
         if confidence >= KEEP:
             score, evidence = evidences.of(tuple(deciders))
@@ -70,6 +75,34 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     if _only_prefixes(outcome):
         matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
     return Judged(tuple(matches), probability)
+
+
+class _KeptNames:
+    """Keys that kept their names, with modules wrapped around them or taken away, where nearly all keys of the model did."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._source = outcome.source
+        kept = sum(len(fed.sources) == 1 and _within(fed.target, fed.sources[0]) for fed in outcome.fed)
+        self._mostly = kept >= MOSTLY * len(outcome.fed) and len(outcome.source) <= LARGEST
+        used = {key for fed in outcome.fed for key in fed.sources}
+        self._spare: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
+        if self._mostly:
+            for tensor in outcome.source:
+                if tensor.key not in used:
+                    self._spare[tensor.shape, segments_of(tensor.key)[-1]].append(tensor.key)
+
+    def __contains__(self, fed: Fed) -> bool:
+        if not self._mostly or len(fed.sources) != 1 or not _within(fed.target, fed.sources[0]):
+            return False
+        rivals = self._spare.get((self._source[fed.sources[0]].shape, segments_of(fed.sources[0])[-1]), ())
+        return not any(_within(fed.target, key) for key in rivals)
+
+
+def _within(target: str, source: str) -> bool:
+    """Whether the segments of one of two keys stand in the other in their order."""
+    one, two = sorted((segments_of(target), segments_of(source)), key=len)
+    rest = iter(two)
+    return len(one) > 1 and all(segment in rest for segment in one)
 
 
 def _identical_parts(outcome: Outcome) -> dict[str, tuple[str]]:
@@ -117,6 +150,8 @@ def _only_prefixes(outcome: Outcome) -> bool:
 def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
+    stack_only = (column["root_cover_t"] <= 0.55) & (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95)
+    values = np.where(stack_only, np.minimum(values, STACK_ONLY_CAP), values)
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
     backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
     values = np.where(column["region"] <= -1 - 0.5 * OTHER_HEAD, np.minimum(values, OTHER_HEAD_CAP), values)

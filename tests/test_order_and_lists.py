@@ -18,6 +18,7 @@ from automatch.engine import match_specs
 from automatch.engine.registration import Precedence, restored
 from automatch.engine.tables import current
 from automatch.mapping import CONFIDENT
+from automatch.transforms import apply_transform
 
 CORPUS = Path(__file__).parent.parent / "benchmarks" / "corpus" / "cases"
 Shapes = dict[str, tuple[int, ...]]
@@ -175,3 +176,23 @@ def test_an_ordinary_model_still_loads_by_names_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     mapping = propose_mapping(model, {f"net.{key}": value for key, value in model.state_dict().items()})
     assert all(match.confidence >= CONFIDENT for match in mapping.matches)
+
+
+# ---- fused rows --------------------------------------------------------------------------------------------------
+
+
+def test_rows_interleaved_by_head_are_never_copied_in_turn_without_asking() -> None:
+    model = {**BODY, "h.0.attn.Wqkv.weight": (384, 128), "h.0.attn.Wqkv.bias": (384,)}
+    ckpt = {**BODY, "layers.0.attention.query_key_value.weight": (384, 128), "layers.0.attention.query_key_value.bias": (384,)}
+    mapping = propose_mapping(spec(model), spec(ckpt, "checkpoint"))
+    rows = [match for match in mapping.matches if "Wqkv" in match.target]
+    assert len(rows) == 2
+    assert all(match.confidence < CONFIDENT for match in rows)
+    (question,) = [q for q in mapping.questions if "h.0.attn.Wqkv.weight" in q.keys]
+    assert question.options[0].label == "interleaved, head size 64"
+    assert any("rows" in warning for warning in mapping.warnings)
+    by_head = torch.arange(384.0)
+    answered = mapping.answer(question.id, "interleaved, head size 64").get("h.0.attn.Wqkv.bias")
+    assert answered is not None
+    expected = by_head.reshape(2, 3, 64).permute(1, 0, 2).reshape(384)
+    assert torch.equal(apply_transform(answered.transform, [by_head]), expected)

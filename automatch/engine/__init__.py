@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from automatch.engine.confidence import judge
+from automatch.engine.fused import fused_question
 from automatch.engine.identity import same_but_for_prefix
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import run_stages
@@ -70,14 +71,17 @@ def match_specs(source: StateSpec, target: StateSpec, pins: Pins, *, exhaustive:
     taken = {match.target: match for question in questions for match in question.options[0].matches}
     proposed = [_confirmed(taken.get(match.target, match), agreed) for match in judged.matches]
     questions = tuple(q for q in questions if not any(template_of(key) in agreed for key in q.keys))
+    proposed, fused, reordered = fused_question(source, proposed, len(questions) + 1)
+    if fused is not None:
+        settled = set(fused.keys)
+        questions = (*(question for question in questions if not settled & set(question.keys)), fused)
     proposed, rotary, warning = rotary_question(source, target, proposed, len(questions) + 1)
     matches = (*(match for match in pinned if match is not None), *proposed)
     if rotary is not None:
         settled = set(rotary.keys)
         questions = (rotary, *(question for question in questions if not settled & set(question.keys)))
     warnings = shift_warnings(source, [match for match in judged.matches if match.confidence >= 0.5])
-    if warning:
-        warnings.insert(0, warning)
+    warnings[:0] = [text for text in (warning, reordered) if text]
     verdict = verdict_of(source, target, matches)
     if verdict.kind == "different":
         matches, questions = tuple(m for m in matches if m.decided or m.confidence >= CONFIDENT), ()

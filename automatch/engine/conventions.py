@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -40,7 +40,7 @@ def read_conventions(data: Mapping[str, Any]) -> Conventions:
     return Conventions({word: tuple(aliases) for word, aliases in areas.items()}, regions, tuple(data["sets"]))
 
 
-def _by_last_word(area: str, parts: Mapping[str, Sequence[str]]) -> dict[str, tuple[Alias, ...]]:
+def _by_last_word(area: str, parts: Mapping[str, Iterable[str]]) -> dict[str, tuple[Alias, ...]]:
     found: dict[str, list[Alias]] = {}
     for part, aliases in parts.items():
         for alias in aliases:

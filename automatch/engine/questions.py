@@ -21,6 +21,7 @@ from automatch.engine.pipeline import Outcome
 from automatch.keys import segments_of, template_of
 from automatch.mapping import CONFIDENT, Match, Option, Question
 
+UNSETTLED = 0.8  # a key that hangs on a question is not loaded before it is answered
 MOST = 12  # more open questions than a person would answer are not asked
 EXCHANGE_LEAD = 3.0  # of the score, out of about 25
 
@@ -36,9 +37,14 @@ def find_questions(outcome: Outcome, judged: Judged) -> tuple[Question, ...]:
         if not keys or settled & set(keys) or len(questions) == MOST:
             continue
         settled.update(keys)
-        options = tuple(Option(c.label, tuple(c.matches[key] for key in keys), round(c.confidence, 6)) for c in item.choices)
+        options = tuple(Option(c.label, tuple(_open(c.matches[key]) for key in keys), round(c.confidence, 6)) for c in item.choices)
         questions.append(Question(f"q{len(questions) + 1}", f"{item.text} {len(keys)} keys hang on it.", options, tuple(keys)))
     return tuple(questions)
+
+
+def _open(match: Match) -> Match:
+    """A match that an answer may still overthrow is never sure."""
+    return replace(match, confidence=min(match.confidence, UNSETTLED))
 
 
 def _either(text: str, labels: tuple[str, str], own: Mapping[str, Match], other: Mapping[str, Match], confidence: float) -> Open:

@@ -41,7 +41,7 @@ def rotary_question(
     rows = [m for m in matches if _is_query_or_key(m, target)]
     if not rows:
         return list(matches), None, None
-    sizes = _head_sizes(source, [target[m.target].shape[0] for m in rows])
+    sizes = head_sizes(source, [target[m.target].shape[0] for m in rows])
     doubtful = {m.target for m in rows}
     changed = [_unsure(_with(m, _reorder(target[m.target].shape[0], sizes[0], a))) if m.target in doubtful else m for m in matches]
     options = [
@@ -83,7 +83,7 @@ def _with(match: Match, transform: Transform) -> Match:
     return replace(match, transform=transform, alternatives=())
 
 
-def _head_sizes(source: StateSpec, rows: Sequence[int]) -> list[int]:
+def head_sizes(source: StateSpec, rows: Sequence[int]) -> list[int]:
     """The head sizes that fit all row counts: known from the rotary frequencies if the checkpoint keeps them, else the usual ones."""
     for tensor in source:
         if ("rope" in tensor.key or "inv_freq" in tensor.key) and len(tensor.shape) == 1 and tensor.shape[0] > 1:

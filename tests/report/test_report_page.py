@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -59,9 +60,12 @@ def search(browser: Any, text: str) -> None:
 
 def export(browser: Any) -> Path:
     click(browser, ".am-save")
-    for _ in range(200):
-        if found := list(browser.downloads.glob("*.json")):
-            return found[0]
+    for _ in range(600):
+        # Chromium reserves the name with an empty file, fills another, and renames that one when it is complete.
+        for path in browser.downloads.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size:
+                    return path
         time.sleep(0.05)
     raise AssertionError("nothing was downloaded")
 

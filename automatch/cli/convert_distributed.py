@@ -40,7 +40,7 @@ def size(text: str) -> int:
 )
 @click.option("--partial", is_flag=True, help="Write it although parameters of the model stay without a source.")
 @click.option("--to", type=click.Choice(["safetensors", "dcp"]), default="safetensors", show_default=True, help="The format to write.")
-@click.option("--max-shard-size", type=size, default="2GB", show_default=True, help="The largest file; a rank holds one in memory.")
+@click.option("--max-shard-size", type=size, default="2GB", show_default=True, help="The largest file; a larger tensor has one to itself.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from automatch.distributed.entries import Entries, find_source_prefix
 from automatch.distributed.loading import given_mapping
 from automatch.distributed.planner import MappedLoadPlanner, WholeRead
 from automatch.distributed.shard_files import ShardFiles
-from automatch.distributed.shards import Format, Output, Plan, assign, placeholder, plan_conversion, renamed, stored_objects
+from automatch.distributed.shards import Format, Output, Plan, assign, placeholder, plan_conversion, portions, renamed, stored_objects
 from automatch.distributed.source import dcp_load, read_objects, spec_of_metadata
 from automatch.distributed.storage import Reader, identity, open_reader
 from automatch.errors import CheckpointError, MappingError
@@ -74,7 +74,8 @@ def convert(
     """Write a checkpoint under a mapping's keys; every rank calls it and writes its share of the bytes.
 
     The output is written beside ``out`` (``<out>.incomplete``) and gets its name when it is complete. Called again after
-    a crash, with any number of ranks, it goes on with the shards that are not complete. A rank holds one shard in memory.
+    a crash, with any number of ranks, it goes on with the shards that are not complete. A rank
+    holds 64 MB in memory, or the tensor that is being written if that is larger.
 
     Args:
         checkpoint: a torch.distributed.checkpoint directory or a folder of safetensors files that every rank sees.
@@ -139,32 +140,49 @@ def _write_share(crew: Crew, order: _Order, reader: Reader, files: ShardFiles, p
     plan = order.plan
     sizes = {shard: plan.nbytes(shard) for shard in range(len(plan.shards))}
     total, kept = sum(sizes.values()), sum(sizes[shard] for shard in order.done)
-    share = assign({shard: size for shard, size in sizes.items() if shard not in order.done}, crew.size)[crew.rank]
-    by_target = {entry.target: entry for entry in plan.entries.fed}
-    whole: list[WholeRead] = []
-    for shard in share:
-        outputs = plan.shards[shard]
-        fed = tuple(by_target[output.key] for output in outputs if output.key in by_target)
-        entries = Entries(fed, (), plan.entries.target_prefix, plan.entries.source_prefix)
-        planner = MappedLoadPlanner(order.mapping, entries=entries, trust=trust, on_read=lambda _: crew.advance())
-        state = {entry.target: placeholder(output) for entry, output in zip(fed, _fed(outputs, by_target), strict=True)}
-        dcp_load(state, reader, planner)
-        lists = read_objects(reader, stored_objects(plan, outputs), trust=trust)
-        state |= {key: renamed(value, order.mapping) for key, value in lists.items()}
-        files.write(plan, shard, state)
-        whole.extend(planner.whole_reads)
-        crew.advance()
-        done = crew.count("bytes", sizes[shard])
+
+    def count(nbytes: int) -> None:
+        done = crew.count("bytes", nbytes)
         if progress is not None and crew.leads:
             progress(kept + done, total)
-    return whole
+
+    values = _Values(order, reader, trust, crew.advance)
+    share = assign({shard: size for shard, size in sizes.items() if shard not in order.done}, crew.size)[crew.rank]
+    for shard in share:
+        files.write(plan, shard, values.of(plan.shards[shard], count))
+        crew.advance()
+    return values.whole_reads
+
+
+class _Values:
+    """Reads what a shard holds, portion by portion, so that a rank holds a few tensors and no shard."""
+
+    def __init__(self, order: _Order, reader: Reader, trust: bool, on_read: Callable[[], None]) -> None:
+        self._order, self._reader, self._trust, self._on_read = order, reader, trust, on_read
+        self._fed = {entry.target: entry for entry in order.plan.entries.fed}
+        self.whole_reads: list[WholeRead] = []
+
+    def of(self, outputs: tuple[Output, ...], count: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+        """Keys and values of a shard, in the order of `portions`; ``count`` is told the bytes that were read."""
+        for portion in portions(outputs):
+            state = self._read(portion)
+            count(sum(output.nbytes for output in portion))
+            for output in portion:
+                yield output.key, state.pop(output.key)
+
+    def _read(self, portion: list[Output]) -> dict[str, Any]:
+        plan, mapping = self._order.plan, self._order.mapping
+        state = {output.key: placeholder(output) for output in portion if output.key in self._fed}
+        entries = Entries(tuple(self._fed[key] for key in state), (), plan.entries.target_prefix, plan.entries.source_prefix)
+        planner = MappedLoadPlanner(mapping, entries=entries, trust=self._trust, on_read=lambda _: self._on_read())
+        if state:
+            dcp_load(state, self._reader, planner)
+        self.whole_reads.extend(planner.whole_reads)
+        lists = read_objects(self._reader, stored_objects(plan, portion), trust=self._trust)
+        return state | {key: renamed(value, mapping) for key, value in lists.items()}
 
 
 def _finish(source: Path, plan: Plan, files: ShardFiles) -> None:
     if identity(source, times=True) != plan.checkpoint:
         raise CheckpointError(f"{str(source)!r} was written to while it was converted; remove {str(files.work)!r} and convert it again")
     files.finish(plan)
-
-
-def _fed(outputs: tuple[Output, ...], by_target: Mapping[str, Any]) -> list[Output]:
-    return [output for output in outputs if output.key in by_target]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo, _StoragePrefix  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -24,10 +21,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from automatch.distributed.shards import Format, Plan
+from automatch.convert.content import Content
+from automatch.convert.output import Output as FileOutput
+from automatch.convert.plan import Planned
+from automatch.convert.safetensors_file import write_safetensors
+from automatch.distributed.shards import Format, Output, Plan
 from automatch.distributed.storage import INDEX
 from automatch.errors import CheckpointError
 from automatch.files import write_atomically
+from automatch.mapping import Match
+from automatch.specs import dtype_name
 
 _RECORDS, _PLAN = ".automatch", "plan.json"
 
@@ -87,17 +90,22 @@ class ShardFiles:
         if what is not None:
             raise CheckpointError(f"{str(self.work)!r} holds an unfinished conversion of {what}; finish that one or remove the directory")
 
-    def write(self, plan: Plan, shard: int, state: Mapping[str, Any]) -> None:
-        """Write one shard, bring it to the disk, and record it."""
+    def write(self, plan: Plan, shard: int, values: Iterator[tuple[str, Any]]) -> None:
+        """Write one shard, bring it to the disk, and record it.
+
+        Args:
+            plan: the whole conversion.
+            shard: number of the shard.
+            values: keys and values of all that it holds, in the order of `portions`.
+        """
         path = self.work / self._name(shard, plan)
-        infos: list[list[Any]] = []
+        temporary = path.with_name(f".{path.name}.tmp")
+        infos: list[tuple[str, int, int]] = []
         if self.format == "safetensors":
-            temporary = path.with_name(f".{path.name}.tmp")
-            save_file(dict(state), temporary, metadata={"format": "pt"})
-            _sync(temporary)
-            temporary.replace(path)
+            write_safetensors(temporary, [_planned(output) for output in plan.shards[shard]], {}, _Streamed(values))
         else:
-            infos = [[r.index.fqn, r.storage_data.offset, r.storage_data.length] for r in self._write_dcp(shard, state)]
+            infos = _write_dcp(temporary, values)
+        temporary.replace(path)
         _sync(self.work)
         record = {"file": path.name, "size": path.stat().st_size, "infos": infos}
         write_atomically(self._records / f"{shard}.json", json.dumps(record).encode())
@@ -134,15 +142,6 @@ class ShardFiles:
     def _writer(self) -> FileSystemWriter:
         return FileSystemWriter(self.work, single_file_per_rank=True, sync_files=True, thread_count=1)
 
-    def _write_dcp(self, shard: int, state: Mapping[str, Any]) -> list[WriteResult]:
-        planner = DefaultSavePlanner(flatten_state_dict=False)
-        planner.set_up_planner(dict(state), is_coordinator=True)
-        plan = planner.create_local_plan()
-        writer = self._writer()
-        writer.set_up_storage_writer(is_coordinator=True)
-        written = writer.write_data(replace(plan, storage_data=_StoragePrefix(f"__{shard}_")), planner)
-        return list(written.value())
-
     def _write_metadata(self, plan: Plan) -> None:
         results: list[WriteResult] = []
         described: dict[str, Any] = {}
@@ -170,6 +169,40 @@ class ShardFiles:
         record = _read_json(self._records / f"{shard}.json")
         path = self.work / self._name(shard, plan)
         return record is not None and record.get("file") == path.name and path.is_file() and path.stat().st_size == record.get("size")
+
+
+class _Streamed(Content):
+    """The values of a shard's tensors as they come, where a conversion of one process would read them itself."""
+
+    def __init__(self, values: Iterator[tuple[str, Any]]) -> None:
+        self._values = values
+
+    def write(self, item: Planned, output: FileOutput, *, checksum: bool = False) -> int:
+        """Append the next tensor to ``output``."""
+        key, tensor = next(self._values)
+        assert (key, dtype_name(tensor.dtype), tuple(tensor.shape)) == (item.key, item.dtype, item.shape)
+        output.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        return 0
+
+
+def _planned(output: Output) -> Planned:
+    assert output.shape is not None
+    assert output.dtype is not None
+    return Planned(Match(output.key, (output.key,)), dtype_name(output.dtype), output.shape, None)
+
+
+def _write_dcp(path: Path, values: Iterator[tuple[str, Any]]) -> list[tuple[str, int, int]]:
+    """Write one file as torch's own writer does, which would hold all of it in memory; keys with their offsets and lengths."""
+    infos: list[tuple[str, int, int]] = []
+    with path.open("xb") as file:
+        for key, value in values:
+            offset = file.tell()
+            torch.save(value, file)
+            infos.append((key, offset, file.tell() - offset))
+            del value  # before the next portion is read
+        file.flush()
+        os.fsync(file.fileno())
+    return infos
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

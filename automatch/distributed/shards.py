@@ -6,7 +6,7 @@ import functools
 import hashlib
 import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from automatch.distributed.entries import EXTRA, Entries, Entry, find_entries, find_source_prefix, sections
 from automatch.errors import MappingError, TransformError
 from automatch.mapping import KeyMapping
+from automatch.readers._dtypes import TO_SAFETENSORS
+from automatch.specs import dtype_name
 from automatch.transforms import Copy, output_shape
 
 Format = Literal["safetensors", "dcp"]
+PORTION_BYTES = 64 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_sha
         checkpoint: a digest of it, and of when it was written.
 
     Raises:
-        MappingError: the mapping's keys are not in the checkpoint, or do not fit.
+        MappingError: the mapping's keys are not in the checkpoint, or do not fit, or the format has no such dtype.
     """
     prefix = find_source_prefix(mapping, metadata)
     targets, lists = _targets(mapping, metadata, prefix if to == "dcp" else "", to)
@@ -89,6 +92,9 @@ def plan_conversion(mapping: KeyMapping, metadata: Metadata, to: Format, max_sha
         raise MappingError(f"nothing in the checkpoint feeds {entries.missing[0]!r}, and a converted checkpoint has no initial values")
     outputs = [_output(entry, targets[entry.target], metadata) for entry in entries.fed]
     outputs += [Output(key, targets[key]) for key in sorted(lists)]
+    foreign = [output for output in outputs if output.dtype is not None and dtype_name(output.dtype) not in TO_SAFETENSORS]
+    if to == "safetensors" and foreign:
+        raise MappingError(f"{foreign[0].key!r} is {foreign[0].dtype}, which safetensors has not; write a dcp directory instead")
     used = {source for entry in entries.fed for source in entry.sources} | lists
     left_out = tuple(key for key in metadata.state_dict_metadata if key not in used)
     text = json.dumps([to, max_shard_bytes, [[e.target, e.sources, repr(e.transform)] for e in entries.fed]])
@@ -213,6 +219,20 @@ def _packed(outputs: Sequence[Output], limit: int) -> list[tuple[Output, ...]]:
         shards[-1].append(output)
         size += output.nbytes
     return [tuple(shard) for shard in shards]
+
+
+def portions(outputs: Sequence[Output]) -> Iterator[list[Output]]:
+    """A shard in portions that are held in memory together; wide elements first, as safetensors files have them."""
+    portion: list[Output] = []
+    size = 0
+    for output in sorted(outputs, key=lambda output: (output.dtype is not None, -output.dtype.itemsize if output.dtype else 0)):
+        if size and size + output.nbytes > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(output)
+        size += output.nbytes
+    if portion:
+        yield portion
 
 
 def stored_objects(plan: Plan, outputs: Sequence[Output]) -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from sharded_models import New, Old, expected, mapping_of, matches, new_model, o
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from worlds import run_ranks, save_alone, values
 
+import automatch.distributed.conversion
 import automatch.distributed.shard_files
+import automatch.distributed.shards
 from automatch.cli import main
 from automatch.cli.convert_distributed import size
 from automatch.distributed import convert, load
-from automatch.distributed.shards import assign
+from automatch.distributed.shards import Output, assign
 from automatch.errors import CheckpointError, LoadError, MappingError
 from automatch.mapping import Match
 from automatch.transforms import apply_transform
@@ -172,6 +175,32 @@ def test_a_folder_becomes_a_dcp_directory_and_returns(tmp_path: Path) -> None:
     for key, value in state.items():
         assert torch.equal(again[key], value), key
     assert expected(old_model()).keys() == {match.target for match in matches()}
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dcp"])
+def test_a_rank_holds_a_portion_and_no_shard(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    made: list[tuple[weakref.ref[torch.Tensor], int]] = []
+    held: list[int] = []
+
+    def placeholder(output: Output) -> Any:
+        value = automatch.distributed.shards.placeholder(output)
+        if value is not None:
+            made.append((weakref.ref(value), value.nbytes))
+        held.append(sum(nbytes for tensor, nbytes in made if tensor() is not None))
+        return value
+
+    monkeypatch.setattr(automatch.distributed.conversion, "placeholder", placeholder)
+    monkeypatch.setattr(automatch.distributed.shards, "PORTION_BYTES", 4000)
+    report = convert(trained, tmp_path / "out", mapping_of(Old(), New()), to=to)
+    assert report.n_shards == 1
+    assert max(nbytes for _, nbytes in made) <= max(held) <= 4000 < report.n_bytes / 4
+
+
+def test_a_dtype_that_the_format_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = save_alone({"z": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "old")
+    with pytest.raises(MappingError, match=r"'z' is torch\.complex128, which safetensors has not; write a dcp directory instead"):
+        convert(path, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_keys_stay_without_a_mapping(trained: Path, old_state: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ from automatch.rules import Index, Pattern, RenameRule, drop_rules, split_number
 from automatch.transforms import Copy
 
 UNUSED = "unused."
+# transformers makes an expression of every key that it loads, old and new.
+_SIGNS = re.compile(r"[()^*?\\]")
+# Names that transformers 5 takes for those of older versions, and renames after all that it is told.
+_LEGACY = re.compile(
+    r"\.weight_[gv](?!\w)|LayerNorm\.(?:gamma|beta)(?!\w)|^(?:model\.language_model\.model|language_model\.model\.model)(?!\w)"
+)
 _LIMIT = 30_000_000
 
 
@@ -58,7 +64,7 @@ def revise_keys(mapping: KeyMapping) -> str:
     """
     renamings = plain_renamings(mapping, "revise_keys", substitute, groups=9)
     lines = [*_text.header(mapping, "revise_keys for mmengine"), *_USE_REVISE, "revise_keys = ["]
-    for renaming in renamings:
+    for renaming in renamings or [_NOTHING]:
         lines += _entry(renaming, f"({_text.quote_regex(renaming.pattern)}, {_text.quote_regex(renaming.replacement)}),")
     return "\n".join([*lines, "]"]) + "\n"
 
@@ -69,7 +75,7 @@ def key_mapping(mapping: KeyMapping) -> str:
     Raises:
         MappingError: a match needs more than a new name.
     """
-    refuse_namesakes(mapping, "key_mapping")
+    refuse_unloadable(mapping, "key_mapping")
     renamings = plain_renamings(mapping, "key_mapping", substitute_once, groups=1)
     lines = [*_text.header(mapping, "key_mapping for transformers"), *_USE_KEY_MAPPING, "key_mapping = {"]
     for renaming in renamings:
@@ -83,6 +89,8 @@ _USE_REVISE = [
     "# Keys that feed nothing keep their names or become unused.*; strict=False ignores them.",
     "",
 ]
+# Without any expression mmengine fails on a state_dict that is a plain dict.
+_NOTHING = Renaming("^", "", _text.comment("Every key keeps its name."))
 _USE_KEY_MAPPING = ["#", "# MyModel.from_pretrained(path, key_mapping=key_mapping)", ""]
 
 
@@ -119,12 +127,18 @@ def plain_renamings(mapping: KeyMapping, kind: str, rename: Rename, *, groups: i
     return in_sequence(steps, wanted, mapping, kind, rename)
 
 
-def refuse_namesakes(mapping: KeyMapping, kind: str) -> None:
-    """Refuse where transformers would load a key that feeds nothing, because a model key has its name.
+def refuse_unloadable(mapping: KeyMapping, kind: str) -> None:
+    """Refuse where transformers would load a key that feeds nothing, because a model key has its name, and names it cannot load.
 
     Raises:
         MappingError: naming the key.
     """
+    for key in (name for match in mapping.matches for name in (match.target, *match.sources)):
+        if _SIGNS.search(key):
+            raise MappingError(f"{key!r} holds a sign that transformers reads as a regular expression; export kind 'script' instead")
+    for match in mapping.matches:
+        if _LEGACY.search(match.target):
+            raise MappingError(f"{kind} cannot make {match.target!r}, an old name that transformers changes by itself; export 'script'")
     for key in mapping.unexpected_keys:
         sides = (mapping.source.spec, mapping.target.spec)
         shapes = {spec[key].shape for spec in sides if spec is not None and key in spec}

@@ -204,6 +204,9 @@ def _step(step: Transform, taken: str, numbers: Iterator[str]) -> str:
     def some(count: int) -> str:
         return ", ".join(next(numbers) for _ in range(count))
 
+    def row(count: int) -> str:
+        return f"({some(count)}{',' if count == 1 else ''})"
+
     match step:
         case Copy():
             return taken
@@ -218,6 +221,6 @@ def _step(step: Transform, taken: str, numbers: Iterator[str]) -> str:
         case Stack():
             return f"torch.stack({taken}, {some(1)})"
         case PermuteElements(_, split, order):
-            return f"permute_elements({taken}, {some(1)}, ({some(len(split))},), ({some(len(order))},))"
+            return f"permute_elements({taken}, {some(1)}, {row(len(split))}, {row(len(order))})"
         case _:
             raise MappingError(f"no code stands for transform {step.op!r}")

@@ -7,41 +7,27 @@ its sources to the head of their first target and a tag (``blocks.3@1.0.2.weight
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from automatch.errors import MappingError
 from automatch.export import _text
+from automatch.export._operations import RECIPE, operation
 from automatch.export._regex import (
     Renaming,
     applications,
     expand,
     in_sequence,
-    refuse_namesakes,
+    refuse_unloadable,
     regex_of,
     replacement_of,
     rows_to_expand,
     substitute_once,
 )
-from automatch.export._script import PERMUTE, check_exact, expression
+from automatch.export._script import PERMUTE, check_exact
 from automatch.mapping import KeyMapping
-from automatch.rules import Index, Output, Pattern, RenameRule
-from automatch.transforms import Concat, Copy, Permute, Slice, Stack
+from automatch.rules import Index, Output, Pattern, RenameRule, split_numbers
+from automatch.transforms import Copy
 
-_RECIPE = '''
-class Recipe(ConversionOps):
-    """Any other conversion: a function from the source tensors to the target tensors, both as lists."""
-
-    supports_many_to_many = True
-
-    def __init__(self, function):
-        self.function = function
-
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        tensors = [t for pattern in source_patterns for t in input_dict[pattern]]
-        made = [tensor.contiguous() for tensor in self.function(tensors)]
-        return dict(zip(target_patterns, made, strict=True))
-'''
 _USE = [
     "#",
     "# from transformers.conversion_mapping import register_checkpoint_conversion_mapping",
@@ -74,11 +60,11 @@ def weight_conversions(mapping: KeyMapping) -> str:
         MappingError: the mapping adapts a shape, or its names cannot be said this way.
     """
     check_exact(mapping)
-    refuse_namesakes(mapping, "weight_conversions")
+    refuse_unloadable(mapping, "weight_conversions")
     renamings: list[Renaming] = []
     converters: list[_Converter] = []
     wanted: dict[str, str] = {}
-    for number, rule in enumerate(mapping.rules):
+    for number, rule in enumerate(part for whole in mapping.rules for part in _named(whole)):
         outputs = _outputs(rule, mapping)
         single = len(rule.sources) == len(rule.sources[0].items) == 1 and not rule.sources[0].values
         if not outputs:
@@ -91,6 +77,29 @@ def weight_conversions(mapping: KeyMapping) -> str:
             _convert(rule, outputs, number, mapping, (renamings, converters, wanted))
     sequence = in_sequence(renamings, wanted, mapping, "weight_conversions", substitute_once)
     return _code(mapping, sequence, converters)
+
+
+def _named(rule: RenameRule) -> Iterator[RenameRule]:
+    """The rule, or where a transform's target is all star one for each first segment of the tails: a converter has to name something."""
+    outputs = [out for loop in rule.outputs for out in loop.items]
+    if all(out.pattern.texts != ("",) or isinstance(out.transform, Copy) for out in outputs):
+        yield rule
+        return
+    groups: dict[str, list[str]] = {}
+    for first, (_, tail) in zip(rule.firsts, applications(rule), strict=True):
+        groups.setdefault(tail[: tail.find(".") + 1] or tail, []).append(first)
+    for segment, firsts in groups.items():
+        sources = tuple(replace(loop, items=tuple(_with(item, segment) for item in loop.items)) for loop in rule.sources)
+        made = tuple(
+            replace(loop, items=tuple(replace(out, pattern=_with(out.pattern, segment)) for out in loop.items)) for loop in rule.outputs
+        )
+        yield replace(rule, sources=sources, outputs=made, firsts=tuple(firsts), targets=())
+
+
+def _with(pattern: Pattern, segment: str) -> Pattern:
+    texts, numbers = split_numbers(segment)
+    joined = (*pattern.texts[:-1], pattern.texts[-1] + texts[0], *texts[1:])
+    return Pattern(joined, (*pattern.numbers, *numbers), star=segment.endswith("."))
 
 
 def _key(pattern: Pattern, bound: Mapping[str, int], tail: str) -> str:
@@ -146,22 +155,19 @@ def _convert(rule: RenameRule, outputs: Sequence[Output], number: int, mapping: 
     """Add the renamings that gather the sources of a rule and the converters that take them."""
     renamings, converters, wanted = made
     rows = _rows(rule, outputs)
-    said = _text.rule_comment(rule)
+    said = comment = _text.rule_comment(rule)
     for count, row in enumerate(rows):
         bound_outputs = [_bind_output(out, row) for out in outputs]
         head, _ = _cut(bound_outputs[0].pattern)
         rests = tuple(_cut(out.pattern)[1] for out in bound_outputs)
-        if any(sign in rest for rest in rests for sign in "()*^\\"):
-            raise MappingError(
-                f"{rule.targets[0]!r} holds a sign that transformers reads as a regular expression; export kind 'script' instead"
-            )
         sources = _sources(rule, row)
         tags = [f"@{number}.{count}.{place}" for place in range(len(sources))]
         for source, tag in zip(sources, tags, strict=True):
             renamings.append(_gather(source, head, tag, said))
             said = ""
         collected = tuple(_collect(source, tag) for source, tag in zip(sources, tags, strict=True))
-        converters.append(_Converter(collected, rests, _operation(rule, bound_outputs, sources, mapping), _text.rule_comment(rule)))
+        done = operation(rule, bound_outputs, [source.folded for source in sources], mapping)
+        converters.append(_Converter(collected, rests, done, comment))
         for bound, tail in applications(rule):
             if all(bound[name] == value for name, value in row.items()):
                 _want(rule, sources, tags, (head, bound, tail), wanted)
@@ -177,7 +183,7 @@ def _rows(rule: RenameRule, outputs: Sequence[Output]) -> list[dict[str, int]]:
     rows = rows_to_expand(rule, first, 1, patterns, computed)
     for row in rows:
         cuts = [_cut(_bind_pattern(pattern, row)) for pattern in patterns]
-        same = len({head for head, _ in cuts}) == 1
+        same = len({head for head, _ in cuts}) == 1 and all(rest for _, rest in cuts)
         keys = [
             (_key(cuts[0][0], bound, ""), _key(patterns[0], bound, tail))
             for bound, tail in applications(rule)
@@ -240,41 +246,6 @@ def _want(
             wanted[_key(source.pattern, {**bound, "n": value}, tail)] = f"{staged}.{value}{rest}{tail}"
 
 
-# ---- operations -------------------------------------------------------------------------------------------
-
-
-def _operation(rule: RenameRule, outputs: Sequence[Output], sources: Sequence[_Source], mapping: KeyMapping) -> str:
-    first = outputs[0].transform
-    one = len(outputs) == 1 and outputs[0].takes is None
-    folded = any(source.folded for source in sources)
-    if one and isinstance(first, Concat) and (not folded or len(sources) == 1):
-        return f"Concatenate(dim={first.dim})"
-    if one and isinstance(first, Stack) and folded and len(sources) == 1:
-        return f"MergeModulelist(dim={first.dim})"
-    if one and isinstance(first, Permute):
-        moved = [axis for axis, source in enumerate(first.dims) if axis != source]
-        if len(moved) == 2:
-            return f"Transpose({moved[0]}, {moved[1]})"
-    if len(outputs) > 1 and _is_chunk(rule, outputs, mapping):
-        return f"Chunk(dim={outputs[0].numbers[0]})"
-    taken = "t" if len(sources) > 1 or folded else "t[0]"
-    if folded and len(sources) > 1:
-        count = len(rule.sources[0].values)
-        taken = f"[t[p * {count} + n] for n in range({count}) for p in range({len(sources)})]"
-    return f"Recipe(lambda t: [{', '.join(expression(out, taken) for out in outputs)}])"
-
-
-def _is_chunk(rule: RenameRule, outputs: Sequence[Output], mapping: KeyMapping) -> bool:
-    """Whether the outputs are all the equal parts of the source, in order."""
-    spec = mapping.source.spec
-    numbers = [tuple(value for value in out.numbers if isinstance(value, int)) for out in outputs]
-    if spec is None or not all(isinstance(out.transform, Slice) for out in outputs):
-        return False
-    dim, _, length = numbers[0]
-    parts = [(dim, place * length, length) for place in range(len(outputs))]
-    return numbers == parts and all(spec[key].shape[dim] == length * len(outputs) for key in rule.firsts)
-
-
 def _code(mapping: KeyMapping, renamings: Sequence[Renaming], converters: Sequence[_Converter]) -> str:
     body = ["", "weight_conversions = ["]
     for renaming in renamings:
@@ -289,7 +260,7 @@ def _code(mapping: KeyMapping, renamings: Sequence[Renaming], converters: Sequen
     used = [name for name in _NAMES if f"{name}(" in text]
     if "Recipe(" in text:
         used.append("ConversionOps")
-    helpers = [source for source, name in ((PERMUTE, "permute_elements("), (_RECIPE, "Recipe(")) if name in text]
+    helpers = [source for source, name in ((PERMUTE, "permute_elements("), (RECIPE, "Recipe(")) if name in text]
     imports = ["import torch"] if "torch." in text else []
     imports += [f"from transformers.core_model_loading import {', '.join(sorted(used))}"] if used else []
     return "\n".join([*_text.header(mapping, "weight_conversions for transformers"), *_USE, *imports, *helpers, text]) + "\n"

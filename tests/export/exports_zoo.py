@@ -79,6 +79,13 @@ def converted() -> tuple[State, Feeds]:
         feeds |= {f"{new}.moe.{e}.w2.weight": (f"{old}.w2", Chain((Slice(0, 2 * e, 2), Permute((1, 0))))) for e in range(3)}
         shapes[f"{old}.uneven"] = (7 + i, 2)
         feeds |= {f"{new}.a": (f"{old}.uneven", Slice(0, 0, 2)), f"{new}.b": (f"{old}.uneven", Slice(0, 2, 5 + i))}
+        shapes |= {f"blocks.{i}.norm.alpha": (4,), f"pool.{i}.scales.1": (3, 2)}
+        feeds |= {
+            f"blocks.{i}.norm.alpha": (f"blocks.{i}.norm.alpha", Reshape((1, 4))),
+            f"lists.{i}": (f"pool.{i}.scales.1", Permute((1, 0))),
+        }
+    shapes |= {"norm.alpha": (4,), "temperature": (4,)}
+    feeds |= {key: (key, Reshape((1, 4))) for key in ("norm.alpha", "temperature")}
     return state_of(shapes), feeds
 
 

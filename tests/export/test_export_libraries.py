@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports_zoo import AnyModel, State, answer, converted, mapping_of, register, renamed
+from exports_zoo import AnyModel, State, answer, converted, mapping_of, register, renamed, state_of
 from safetensors.torch import save_file
 
 from automatch.errors import MappingError
@@ -124,6 +125,27 @@ def test_more_than_a_new_name_is_refused(kind: str) -> None:
         mapping_of(state, {key: feed for key, feed in feeds.items() if "qkv" in key}).export(kind)
     with pytest.raises(MappingError, match=f"{kind} only renames, and 'tok.weight' feeds both 'embed.weight' and 'lm_head.weight'"):
         mapping_of(state, {"embed.weight": "tok.weight", "lm_head.weight": "tok.weight"}).export(kind)
+
+
+@pytest.mark.parametrize("kind", ["key_mapping", "weight_conversions"])
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("conv.weight_g", "net.weight_g", "cannot make 'net.weight_g', an old name that transformers changes by itself"),
+        ("conv.g", "conv(1).g", "'conv(1).g' holds a sign that transformers reads as a regular expression"),
+        ("conv*.g", "conv.g", "'conv*.g' holds a sign that transformers reads as a regular expression"),
+    ],
+)
+def test_names_that_transformers_cannot_load_are_refused(kind: str, old: str, new: str, why: str) -> None:
+    with pytest.raises(MappingError, match=re.escape(why)):
+        mapping_of({old: torch.ones(2)}, {new: old}).export(kind)
+
+
+def test_mmengine_is_never_given_an_empty_list() -> None:
+    """Its loop over the expressions makes an OrderedDict of a plain one, which it needs afterwards."""
+    keys = ["a.weight", "b.bias", "c.d.scale"]
+    mapping = mapping_of(state_of(dict.fromkeys(keys, (2,))), dict(zip(keys, keys, strict=True)))
+    assert run(mapping.export("revise_keys"))["revise_keys"] == [("^", "")]
 
 
 def test_an_unused_key_with_the_name_of_a_model_key_is_set_aside_or_refused() -> None:

@@ -74,7 +74,7 @@ def test_the_pre_hook_lets_old_and_new_state_dicts_load() -> None:
     outer.load_state_dict({f"inner.{key}": tensor for key, tensor in state.items()})
     assert_equal(outer["inner"].state_dict(), wanted)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
-        model.load_state_dict({**state, "extra": torch.ones(1)})
+        model.load_state_dict({**state, "extra": torch.ones(4)})
 
 
 def test_the_lightning_override_loads_an_old_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-_SEPARATORS = re.compile(r"[./]")
 _PIECES = re.compile(r"\d+|[A-Z]+(?![a-z])|[A-Z][a-z]*|[a-z]+|[^\W\d_]+")
 _NUMBER = re.compile(r"\d+")
 
@@ -20,12 +19,12 @@ def pieces_of(segment: str) -> tuple[Piece, ...]:
 
 def segments_of(key: str) -> list[str]:
     """The segments of a key, split at dots and slashes."""
-    return _SEPARATORS.split(key)
+    return key.replace("/", ".").split(".")
 
 
 def template_of(key: str) -> str:
     """The key with every number replaced by ``#``."""
-    return _NUMBER.sub("#", key)
+    return _NUMBER.sub("#", key) if not key.isalpha() else key
 
 
 def numbers_of(key: str) -> tuple[int, ...]:

@@ -95,8 +95,12 @@ class StateSpec:
     def fingerprint(self) -> str:
         """``sha256:...`` over (key, shape, dtype) of every entry, in order."""
         digest = hashlib.sha256()
+        ends: dict[tuple[tuple[int, ...], str], str] = {}  # few shapes and dtypes stand under many keys
         for tensor in self.tensors:
-            digest.update(json.dumps([tensor.key, list(tensor.shape), tensor.dtype]).encode("utf-8", "surrogatepass") + b"\n")
+            end = ends.get((tensor.shape, tensor.dtype))
+            if end is None:
+                end = ends[tensor.shape, tensor.dtype] = json.dumps([list(tensor.shape), tensor.dtype])[1:]
+            digest.update(f"[{json.dumps(tensor.key)}, {end}\n".encode("utf-8", "surrogatepass"))
         return "sha256:" + digest.hexdigest()
 
 
@@ -168,10 +172,10 @@ def shape_of(value: Any, key: str) -> tuple[int, ...]:
         CheckpointError: a dimension is not a non-negative integer.
     """
     try:
-        shape = tuple(int(size) for size in value.shape)
+        shape = tuple(map(int, value.shape))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the shape of {key!r} is {value.shape!r}, not a tuple of integers") from error
-    if any(size < 0 for size in shape):
+    if min(shape, default=0) < 0:
         raise CheckpointError(f"the shape of {key!r} is {shape}: a dimension is negative")
     return shape
 

@@ -16,15 +16,17 @@ from automatch.keys import natural_order, segments_of, template_of
 
 Shape = tuple[int, ...]
 Coordinates = tuple[int, ...]
+Place = tuple[str, Coordinates, tuple[int, ...]]  # column, coordinates, dimensions
 KEEP = 2  # members kept at either end of a class
 LONG = 2 * KEEP + 1
 
 
 class _Node:
-    __slots__ = ("children", "shape", "signature")
+    __slots__ = ("children", "keys", "shape", "signature")
 
     def __init__(self) -> None:
-        self.children: dict[str, _Node] = {}
+        self.children: dict[str, _Node] | None = None  # half of all nodes are leaves
+        self.keys: tuple[int, ...] = ()
         self.shape: Shape | None = None
         self.signature = 0
 
@@ -33,17 +35,18 @@ class Columns:
     """Columns and coordinates of a list of keys with shapes."""
 
     def __init__(self, keys: Sequence[str], shapes: Sequence[Shape]) -> None:
-        self.keys = list(keys)
-        self._segments = [segments_of(key) for key in keys]
+        self._n = len(keys)
         self._root = _Node()
-        for segments, shape in zip(self._segments, shapes, strict=True):
+        for i, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
             node = self._root
-            for segment in segments:
+            for segment in segments_of(key):
+                if node.children is None:
+                    node.children = {}
                 child = node.children.get(segment)
                 if child is None:
                     child = node.children[segment] = _Node()
                 node = child
-            node.shape = shape
+            node.shape, node.keys = shape, (*node.keys, i)
         _sign(self._root)
         self._ranks: dict[int, tuple[int, int, str]] = {}  # child id -> (rank, size of its class, name of the class)
         self._find_classes()
@@ -51,13 +54,14 @@ class Columns:
     def _find_classes(self) -> None:
         stack = [self._root]
         while stack:
-            node = stack.pop()
-            classes: dict[tuple[str, int], list[tuple[str, _Node]]] = defaultdict(list)
-            for segment, child in node.children.items():
-                stack.append(child)
-                template = template_of(segment)
-                if template != segment and child.shape is None:
-                    classes[template, child.signature].append((segment, child))
+            classes: dict[tuple[str, int], list[tuple[str, _Node]]] = {}
+            for segment, child in (stack.pop().children or {}).items():
+                if child.children is not None:
+                    stack.append(child)
+                if child.shape is None and not segment.isalpha():
+                    template = template_of(segment)
+                    if template != segment:
+                        classes.setdefault((template, child.signature), []).append((segment, child))
             for number, ((template, _), members) in enumerate(classes.items()):
                 if len(members) >= LONG or (len(members) > 1 and all(segment.isdigit() for segment, _ in members)):
                     members.sort(key=lambda m: natural_order(m[0]))
@@ -68,15 +72,14 @@ class Columns:
         """By size, the shapes in a member of every class that is long enough to be reduced."""
         first = {node: size for node, (rank, size, _) in self._ranks.items() if rank == 0 and size >= LONG}
         found: dict[int, Counter[Shape]] = defaultdict(Counter)
-        for segments in self._segments:
-            node, inside = self._root, []
-            for segment in segments:
-                node = node.children[segment]
-                if id(node) in first:
-                    inside.append(id(node))
+        stack: list[tuple[_Node, tuple[int, ...]]] = [(self._root, ())]
+        while stack:
+            node, inside = stack.pop()
             if node.shape is not None:
                 for member in inside:
-                    found[member][canonical(node.shape)] += 1
+                    found[member][canonical(node.shape)] += len(node.keys)
+            children = (node.children or {}).values()
+            stack.extend((child, (*inside, id(child)) if id(child) in first else inside) for child in children)
         result: dict[int, list[Counter[Shape]]] = defaultdict(list)
         for member, shapes in found.items():
             size = first[member]
@@ -84,22 +87,22 @@ class Columns:
                 result[size].append(shapes)
         return result
 
-    def place(self, sizes: set[int] | None = None) -> list[tuple[str, Coordinates, tuple[int, ...]]]:
+    def place(self, sizes: set[int] | None = None) -> list[Place]:
         """For every key its column, coordinates and the column's dimensions, reducing classes of these sizes only."""
-        return [self._place(segments, sizes) for segments in self._segments]
-
-    def _place(self, segments: Sequence[str], sizes: set[int] | None) -> tuple[str, Coordinates, tuple[int, ...]]:
-        node, column, coordinates, dims = self._root, [], [], []
-        for segment in segments:
-            node = node.children[segment]
-            found = self._ranks.get(id(node))
-            if found is not None and (sizes is None or found[1] in sizes):
-                coordinates.append(found[0])
-                dims.append(found[1])
-                column.append(found[2])
-            else:
-                column.append(segment)
-        return "/".join(column), tuple(coordinates), tuple(dims)
+        result: list[Place] = [("", (), ())] * self._n
+        stack: list[tuple[_Node, Place]] = [(self._root, ("", (), ()))]
+        while stack:
+            node, place = stack.pop()
+            column, coordinates, dims = place
+            for i in node.keys:
+                result[i] = (column[:-1], coordinates, dims)
+            for segment, child in (node.children or {}).items():
+                rank = self._ranks.get(id(child))
+                if rank is None or (sizes is not None and rank[1] not in sizes):
+                    stack.append((child, (f"{column}{segment}/", coordinates, dims)))
+                else:
+                    stack.append((child, (f"{column}{rank[2]}/", (*coordinates, rank[0]), (*dims, rank[1]))))
+        return result
 
 
 def _sign(root: _Node) -> None:
@@ -108,9 +111,11 @@ def _sign(root: _Node) -> None:
     while stack:
         node = stack.pop()
         order.append(node)
-        stack.extend(node.children.values())
+        if node.children is not None:
+            stack.extend(node.children.values())
     for node in reversed(order):
-        node.signature = hash((node.shape, frozenset((segment, child.signature) for segment, child in node.children.items())))
+        below = frozenset((segment, child.signature) for segment, child in node.children.items()) if node.children else None
+        node.signature = hash((node.shape, below))
 
 
 def is_kept(coordinates: Coordinates, dims: tuple[int, ...]) -> bool:

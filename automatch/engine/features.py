@@ -59,8 +59,8 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         "mean_layout": np.full(len(k), float(evidence["layout"].mean())),
         "list_name": _list_names(left, right, t, s),
         "twins": np.array([_twins(right, int(j)) for j in t]),
-        "spare_t": _spare(outcome, t, s, solution.t, solution.s, left.n),
-        "spare_s": _spare(outcome, s, t, solution.s, solution.t, right.n),
+        "spare_t": _spare(outcome, k, t, s, (solution.t, solution.s), left.n),
+        "spare_s": _spare(outcome, k, s, t, (solution.s, solution.t), right.n),
         "count": _counts(left, right, t, s),
         "upward": np.array([_backwards_risk(left, right, int(j), int(i)) for j, i in zip(t, s, strict=True)]),
         **_roots(left, right, t, s, evidence["concept"]),
@@ -105,18 +105,19 @@ def _home(side: Side, matched: np.ndarray) -> np.ndarray:
 MEANING = ("name", "concept", "region", "role", "ending", "layout")
 
 
-def _spare(outcome: Outcome, own: np.ndarray, other: np.ndarray, group: np.ndarray, rival: np.ndarray, n_rivals: int) -> np.ndarray:
+def _spare(
+    outcome: Outcome, pairs: np.ndarray, own: np.ndarray, other: np.ndarray, places: tuple[np.ndarray, np.ndarray], n_rivals: int
+) -> np.ndarray:
     """Lead of each pair, in what names mean and shapes say alone, over the best partner that stayed alone (1 where there is none)."""
     solution, weights = outcome.solution, outcome.weights
+    group, rival = places
     meaning = np.asarray(sum(getattr(weights, name) * solution.evidence[name] for name in MEANING))
     free = np.ones(n_rivals, dtype=bool)
     free[other] = False
     best = np.full(int(group.max()) + 1, -np.inf)
     idle = free[rival]
     np.maximum.at(best, group[idle], meaning[idle])
-    chosen = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(group, rival, strict=True))}
-    mine = np.array([meaning[chosen[int(a), int(b)]] for a, b in zip(own, other, strict=True)])
-    return np.where(np.isinf(best[own]), 1.0, np.clip((mine - best[own]) / 10, -1, 1))
+    return np.where(np.isinf(best[own]), 1.0, np.clip((meaning[pairs] - best[own]) / 10, -1, 1))
 
 
 def _counts(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:

@@ -63,6 +63,8 @@ _UNIQUE = re.compile(r"(.*[^\d_])_1$")
 
 def _numbered_from_zero(keys: Sequence[str]) -> list[str]:
     """Keys in which a module that Keras or TensorFlow made unique (``dense``, ``dense_1``) has the number 0 it was not given."""
+    if not any("_1" in key for key in keys):
+        return list(keys)
     modules = {tuple(segments[:depth]) for segments in map(segments_of, keys) for depth in range(1, len(segments))}
     plain = {(*path[:-1], found[1]) for path in modules if (found := _UNIQUE.fullmatch(path[-1])) and (*path[:-1], found[1]) in modules}
     if not plain:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from automatch.engine.pipeline import Outcome
 from automatch.keys import numbers_of, segments_of, template_of
@@ -14,6 +16,7 @@ DOUBTFUL = 0.15  # share of a list's pairs that must be below CONFIDENT for its 
 COVERED = 0.8  # share of a list's pairs that another option must be able to feed
 SHORT = 0.75  # a list this much shorter than the checkpoint's, or more, may have taken other members than the first
 SUBSET_CAP = 0.8  # then nothing but habit says which
+_NUMBERED = re.compile(r"\D*\d[^./]*(?=[./])")  # up to the end of a numbered segment that is not the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,21 @@ def _pairings(current: Mapping[str, Match]) -> list[_Pairing]:
 
 
 def _outermost(key: str) -> tuple[str, int] | None:
-    """The first numbered segment of a key as ``stem.name#``, and its number; None without one."""
-    segments = segments_of(key)
-    for depth, segment in enumerate(segments[:-1]):
-        numbers = numbers_of(segment)
-        if len(numbers) == 1:
-            return ".".join([*segments[:depth], template_of(segment)]), numbers[0]
+    """The first segment of a key with one number in it, the last aside, as ``stem.name#``, and its number; None without one."""
+    end = 0
+    while head := _NUMBERED.match(key, end):
+        end = head.end()
+        found = _listed(key[:end])
+        if found is not None:
+            return found
     return None
+
+
+@lru_cache(maxsize=1 << 14)
+def _listed(head: str) -> tuple[str, int] | None:
+    *stem, segment = segments_of(head)
+    numbers = numbers_of(segment)
+    return (".".join([*stem, template_of(segment)]), numbers[0]) if len(numbers) == 1 else None
 
 
 def _joined(like: str, segments: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from automatch.engine.columns import Columns
 from automatch.engine.items import Item, Shape, Slot, canonical
@@ -228,7 +229,12 @@ def _grouped(size: int, rest: Shape, theirs: Counter[Shape]) -> list[tuple[int, 
 
 def hinted_parts(key: str) -> int:
     """How many parts the name of a fused tensor promises; 0 where it says nothing."""
-    words = "".join(str(piece) for segment in segments_of(key)[-2:] for piece in pieces_of(segment))
+    return _hinted(*segments_of(key)[-2:])
+
+
+@lru_cache(maxsize=1 << 14)
+def _hinted(*segments: str) -> int:
+    words = "".join(str(piece) for segment in segments for piece in pieces_of(segment))
     if "qkv" in words or "querykeyvalue" in words or "inproj" in words:
         return 3
     if "kv" in words or "gateup" in words or "w13" in words or "keyvalue" in words:

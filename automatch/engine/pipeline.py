@@ -77,7 +77,7 @@ def run_stages(
     solution = solve(left, right, tables.lexicon, weights)
     if agreed:
         _follow(agreed, solution, left, right)
-    index = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(solution.t, solution.s, strict=True))}
+    index = solution.index
     first = assign(solution, right.n, left.n, weights.none)
     chosen, torn = keep_directions(first, left, right)
     solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])

@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from automatch.engine.columns import Columns, Coordinates, is_kept
+from automatch.engine.columns import Columns, Place, is_kept
 from automatch.engine.items import Item, Shape
 
 ALIKE = 0.6  # of the shapes of two members that may stand for one another
-Place = tuple[str, Coordinates, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -89,7 +90,7 @@ def soft_assignment(score: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n
     return np.minimum(x * of_t[t] * of_s[s], 1.0)
 
 
-@dataclass(slots=True)
+@dataclass
 class Solution:
     """Scores, soft assignment and evidence per candidate pair."""
 
@@ -98,6 +99,11 @@ class Solution:
     score: np.ndarray
     soft: np.ndarray
     evidence: dict[str, np.ndarray]
+
+    @cached_property
+    def index(self) -> dict[tuple[int, int], int]:
+        """Where each candidate pair (target, source) stands."""
+        return {pair: k for k, pair in enumerate(zip(self.t.tolist(), self.s.tolist(), strict=True))}
 
     def exchange(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Let the second of each two candidate pairs stand where the first stood, and the other way round."""

@@ -39,7 +39,7 @@ def exchangeable(outcome: Outcome) -> set[int]:
         return set()
     solution, weights = outcome.solution, outcome.weights
     meaning = np.asarray(sum(getattr(weights, name) * solution.evidence[name] for name in MEANING if name in solution.evidence))
-    index = {(t, s): k for k, (t, s) in enumerate(zip(solution.t.tolist(), solution.s.tolist(), strict=True))}
+    index = solution.index
     blocks: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = defaultdict(list)
     for position, k in outcome.pair_of.items():
         t, s = int(solution.t[k]), int(solution.s[k])

@@ -65,7 +65,8 @@ def _causes(source: StateSpec, target: StateSpec, matches: Sequence[Match], miss
         "chain": "converted tensors",
     }
     causes.extend(f"{names.get(op, op)} ({count} keys)" for op, count in sorted(ops.items()))
-    sizes = [t.key for t in target if t.key in source and source[t.key].shape != t.shape and t.key not in {m.target for m in matches}]
+    fed = {m.target for m in matches}
+    sizes = [t.key for t in target if t.key in source and source[t.key].shape != t.shape and t.key not in fed]
     if sizes:
         causes.append(f"size mismatch: {sizes[0]}" + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""))
     return causes

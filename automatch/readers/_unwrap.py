@@ -191,6 +191,8 @@ def _at(found: _Found, wrapper: tuple[str, ...], origin: str) -> State:
 
 
 def _best_fit(states: list[State], like: StateSpec, node: type[Node]) -> State:
+    if len(states) == 1:
+        return states[0]
     wanted = Counter(tensor.shape for tensor in like)
     keys = {(_bare(tensor.key), tensor.shape) for tensor in like}
     fits = [_fit(state, wanted, keys, node) for state in states]

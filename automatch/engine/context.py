@@ -11,68 +11,112 @@ from automatch.engine.sides import Side
 from automatch.engine.sparse import DENSE, Soft, at, product
 from automatch.keys import template_of
 
-
-class Groups:
-    """One family of groupings of a side's items (modules, templates, suffixes), as incidence and padded lists."""
-
-    def __init__(self, memberships: Sequence[Sequence[Hashable]], n: int) -> None:
-        ids: dict[Hashable, int] = {}
-        lists = [[ids.setdefault(group, len(ids)) for group in dict.fromkeys(groups)] for groups in memberships]
-        rows = [i for i, groups in enumerate(lists) for _ in groups]
-        cols = [group for groups in lists for group in groups]
-        self.count = max(1, len(ids))
-        self.incidence = sp.csr_matrix((np.ones(len(rows)), (rows, cols)), shape=(n, self.count))
-        self.size = np.asarray(self.incidence.sum(0)).ravel()
-        width = max((len(groups) for groups in lists), default=1) or 1
-        self.padded = np.full((n, width), self.count)
-        for i, groups in enumerate(lists):
-            self.padded[i, : len(groups)] = groups
-        self.dense = self.incidence.toarray() if n * self.count <= SMALL else None
-        self.weight = np.append(np.log(1 + n / np.maximum(self.size, 1)), 0.0)
-
-
-def module_groups(side: Side) -> Groups:
-    """Every module on the way to an item."""
-    return Groups([path[1:] for path in side.paths], side.n)
-
-
-def template_groups(side: Side) -> Groups:
-    """Every prefix of an item's key, numbers taken out."""
-    return Groups([["/".join(map(template_of, segs[:d])) for d in range(1, len(segs) + 1)] for segs in side.segments], side.n)
-
-
-def suffix_groups(side: Side) -> Groups:
-    """The last two to four segments of an item's key, numbers kept."""
-    return Groups([["/".join(segs[-d:]) for d in range(2, min(4, len(segs)) + 1)] or ["/".join(segs)] for segs in side.segments], side.n)
-
-
 SMALL = 1 << 18  # up to this many entries dense matrices are faster than sparse ones
 
 
-def matrix_of(soft: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int) -> Soft:
-    """The soft assignment as a matrix, dense where it is small."""
-    if n_t * n_s > SMALL:
-        return sp.csr_matrix((soft, (t, s)), shape=(n_t, n_s))
-    matrix = np.zeros((n_t, n_s))
-    matrix[t, s] = soft
-    return matrix
+class Context:
+    """The evidence of what surrounds the candidate pairs; what does not change from round to round is worked out once.
+
+    Args:
+        source, target: the sides.
+        t, s: the candidate pairs, by target and source position.
+    """
+
+    def __init__(self, source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> None:
+        self._t, self._s, self._shape = t, s, (target.n, source.n)
+        self._families = {
+            "node": _Family(_module_groups(target), _module_groups(source), t, s, compete=True),
+            "template": _Family(_template_groups(target), _template_groups(source), t, s, compete=False),
+            "suffix": _Family(_suffix_groups(target), _suffix_groups(source), t, s, compete=False),
+        }
+        self._directions = _Directions(_Lists(source), _Lists(target), t, s)
+        self._consensus = _Consensus(_kind_ids(target), _kind_ids(source), t, s)
+        self._neighbours = _Neighbours(source, target, t, s)
+        self._owners = _Owners(source, target, t, s)
+
+    def __call__(self, soft: np.ndarray) -> dict[str, np.ndarray]:
+        """Each signal's values per candidate pair under a soft assignment of them."""
+        if self._shape[0] * self._shape[1] > SMALL:
+            matrix = sp.csr_matrix((soft, (self._t, self._s)), shape=self._shape)
+        else:
+            matrix = np.zeros(self._shape)
+            matrix[self._t, self._s] = soft
+        owner, beside = self._owners(matrix, soft)
+        return {
+            **{name: family(matrix) for name, family in self._families.items()},
+            "direction": self._directions(soft),
+            "consensus": self._consensus(soft),
+            "owner": owner,
+            "neighbour": self._neighbours(soft),
+            "beside": beside,
+        }
 
 
-def context(target: Groups, source: Groups, matrix: Soft, t: np.ndarray, s: np.ndarray, *, compete: bool) -> np.ndarray:
+# ---- groups --------------------------------------------------------------------------------------------------
+
+
+class _Groups:
+    """One family of groupings of a side's items: the groups each item is in, the same for all items of a kind."""
+
+    def __init__(self, memberships: Sequence[Sequence[Hashable]]) -> None:
+        n = len(memberships)
+        ids: dict[Hashable, int] = {}
+        kinds: dict[tuple[int, ...], int] = {}
+        lists = [tuple(dict.fromkeys(ids.setdefault(group, len(ids)) for group in groups)) for groups in memberships]
+        self.kind = np.array([kinds.setdefault(groups, len(kinds)) for groups in lists], dtype=np.intp)
+        self.count = max(1, len(ids))
+        rows = [i for i, groups in enumerate(lists) for _ in groups]
+        cols = [group for groups in lists for group in groups]
+        self.incidence = sp.csr_matrix((np.ones(len(rows)), (rows, cols)), shape=(n, self.count))
+        self.dense = self.incidence.toarray() if n * self.count <= SMALL else None
+        self.size = np.bincount(np.array(cols, dtype=np.intp), minlength=self.count).astype(np.float64)
+        self.weight = np.append(np.log(1 + n / np.maximum(self.size, 1)), 0.0)
+        # By kind, padded with a group of nothing.
+        self.padded = np.full((len(kinds), max(1, *map(len, kinds)) if kinds else 1), self.count)
+        for groups, kind in kinds.items():
+            self.padded[kind, : len(groups)] = groups
+
+
+def _module_groups(side: Side) -> _Groups:
+    """Every module on the way to an item."""
+    return _Groups([path[1:] for path in side.paths])
+
+
+def _template_groups(side: Side) -> _Groups:
+    """Every prefix of an item's key, numbers taken out."""
+    return _Groups([["/".join(map(template_of, segs[:d])) for d in range(1, len(segs) + 1)] for segs in side.segments])
+
+
+def _suffix_groups(side: Side) -> _Groups:
+    """The last two to four segments of an item's key, numbers kept."""
+    return _Groups([["/".join(segs[-d:]) for d in range(2, min(4, len(segs)) + 1)] or ["/".join(segs)] for segs in side.segments])
+
+
+class _Family:
     """How well the groups of a pair's items are matched with one another, in [0, 1].
 
     The similarity of two groups is the Jaccard index under the soft assignment; each group of an item
     takes its best partner among the groups of the other item, and small groups count more than large ones.
     """
-    dense = target.dense is not None and source.dense is not None and isinstance(matrix, np.ndarray)
-    both = target.dense.T @ matrix @ source.dense if dense else product(target.incidence, matrix, source.incidence)  # type: ignore[union-attr]
-    jaccard = _jaccard(both, target.size, source.size, compete=compete)
-    of_t, of_s = target.padded[t], source.padded[s]
-    values = at(jaccard, *np.broadcast_arrays(of_t[:, :, None], of_s[:, None, :]))
-    weight_t, weight_s = target.weight[of_t], source.weight[of_s]
-    from_t = (values.max(2) * weight_t).sum(1) / np.maximum(weight_t.sum(1), 1e-9)
-    from_s = (values.max(1) * weight_s).sum(1) / np.maximum(weight_s.sum(1), 1e-9)
-    return 0.5 * (from_t + from_s)
+
+    def __init__(self, target: _Groups, source: _Groups, t: np.ndarray, s: np.ndarray, *, compete: bool) -> None:
+        self._target, self._source, self._compete = target, source, compete
+        kinds, self._pair = np.unique(target.kind[t] * len(source.padded) + source.kind[s], return_inverse=True)
+        of_t, of_s = target.padded[kinds // len(source.padded)].T, source.padded[kinds % len(source.padded)].T
+        self._places = np.broadcast_arrays(of_t[:, None, :], of_s[None, :, :])
+        self._flat = of_t[:, None, :] * (source.count + 1) + of_s[None, :, :]
+        weight_t, weight_s = target.weight[of_t], source.weight[of_s]
+        self._weight_t, self._weight_s = (0.5 * w / np.maximum(w.sum(0), 1e-9) for w in (weight_t, weight_s))
+
+    def __call__(self, matrix: Soft) -> np.ndarray:
+        target, source = self._target, self._source
+        if target.dense is not None and source.dense is not None and isinstance(matrix, np.ndarray):
+            both = target.dense.T @ matrix @ source.dense
+        else:
+            both = product(target.incidence, matrix, source.incidence)
+        jaccard = _jaccard(both, target.size, source.size, compete=self._compete)
+        values = jaccard.ravel()[self._flat] if isinstance(jaccard, np.ndarray) else at(jaccard, *self._places)
+        return ((values.max(1) * self._weight_t).sum(0) + (values.max(0) * self._weight_s).sum(0))[self._pair]
 
 
 def _jaccard(both: Soft, size_t: np.ndarray, size_s: np.ndarray, *, compete: bool = False) -> Soft:
@@ -81,10 +125,12 @@ def _jaccard(both: Soft, size_t: np.ndarray, size_s: np.ndarray, *, compete: boo
     With ``compete`` each is measured by the best that one of the two groups has.
     """
     if isinstance(both, np.ndarray):
+        result = np.zeros((len(size_t) + 1, len(size_s) + 1))
         jaccard = both / np.maximum(size_t[:, None] + size_s[None, :] - both, 1e-9)
         if compete:
-            jaccard = jaccard * jaccard / np.maximum(np.maximum(jaccard.max(1, keepdims=True), jaccard.max(0, keepdims=True)), 1e-9)
-        return np.pad(jaccard, ((0, 1), (0, 1)))
+            jaccard *= jaccard / np.maximum(np.maximum(jaccard.max(1, keepdims=True), jaccard.max(0, keepdims=True)), 1e-9)
+        result[:-1, :-1] = jaccard
+        return result
     held = both.tocoo()
     data = held.data / np.maximum(size_t[held.row] + size_s[held.col] - held.data, 1e-9)
     if compete:
@@ -95,38 +141,54 @@ def _jaccard(both: Soft, size_t: np.ndarray, size_s: np.ndarray, *, compete: boo
     return sp.csr_matrix((data, (held.row, held.col)), shape=(len(size_t) + 1, len(size_s) + 1))
 
 
-def neighbours(source: Side, target: Side, soft: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+# ---- what stands beside --------------------------------------------------------------------------------------
+
+
+class _Neighbours:
     """How far the items before and after a pair's items are matched with one another."""
-    rank_t, rank_s = np.argsort(np.argsort(target.position, kind="stable")), np.argsort(np.argsort(source.position, kind="stable"))
-    if target.n * source.n > DENSE:
-        held = sp.csr_matrix((soft, (rank_t[t] + 1, rank_s[s] + 1)), shape=(target.n + 2, source.n + 2))
-        return at(held, rank_t[t] + 2, rank_s[s] + 2) + at(held, rank_t[t], rank_s[s])
-    grid = np.zeros((target.n + 2, source.n + 2))
-    grid[rank_t[t] + 1, rank_s[s] + 1] = soft
-    return grid[rank_t[t] + 2, rank_s[s] + 2] + grid[rank_t[t], rank_s[s]]
+
+    def __init__(self, source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> None:
+        rank_t, rank_s = (np.argsort(np.argsort(side.position, kind="stable")) + 1 for side in (target, source))
+        self._shape = target.n + 2, source.n + 2
+        self._own, self._after, self._before = ((rank_t[t] + by, rank_s[s] + by) for by in (0, 1, -1))
+
+    def __call__(self, soft: np.ndarray) -> np.ndarray:
+        if self._shape[0] * self._shape[1] > DENSE:
+            held: Soft = sp.csr_matrix((soft, self._own), shape=self._shape)
+        else:
+            held = np.zeros(self._shape)
+            held[self._own] = soft
+        return at(held, *self._after) + at(held, *self._before)
 
 
-def owners(source: Side, target: Side, soft: np.ndarray, matrix: Soft, t: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The share of the other entries of a pair's modules that are matched with one another; 0 where a module has no others."""
-    of_t, _, owners_t = target.owner_runs()
-    of_s, _, owners_s = source.owner_runs()
-    size_t, size_s = np.asarray(owners_t.sum(0)).ravel(), np.asarray(owners_s.sum(0)).ravel()
-    others = np.maximum(size_t[of_t[t]], size_s[of_s[s]]) - 1
-    shared = at(product(owners_t, matrix, owners_s), of_t[t], of_s[s])
-    return np.clip((shared - soft) / np.maximum(others, 1), 0, 1)
+class _Owners:
+    """The share of the other entries of a pair's modules that are matched with one another (0 where a module has no others),
+    and how far the modules before and after them are."""
+
+    def __init__(self, source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> None:
+        of_t, beside_t, self._owners_t = target.owner_runs()
+        of_s, beside_s, self._owners_s = source.owner_runs()
+        self._size_t, self._size_s = np.bincount(of_t).astype(np.float64), np.bincount(of_s).astype(np.float64)
+        self._pair = a, b = of_t[t], of_s[s]
+        self._others = np.maximum(np.maximum(self._size_t[a], self._size_s[b]) - 1, 1)
+        self._before, self._after = ((beside_t[a, side], beside_s[b, side]) for side in (0, 1))
+        small = target.n * len(self._size_t) <= SMALL and source.n * len(self._size_s) <= SMALL
+        self._dense = (self._owners_t.toarray(), self._owners_s.toarray()) if small else None
+
+    def __call__(self, matrix: Soft, soft: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._dense is not None and isinstance(matrix, np.ndarray):
+            shared: Soft = self._dense[0].T @ matrix @ self._dense[1]
+        else:
+            shared = product(self._owners_t, matrix, self._owners_s)
+        jaccard = _jaccard(shared, self._size_t, self._size_s)
+        beside = at(jaccard, *self._before) + at(jaccard, *self._after)
+        return np.clip((at(shared, *self._pair) - soft) / self._others, 0, 1), beside
 
 
-def module_neighbours(source: Side, target: Side, matrix: Soft, t: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """How far the modules before and after a pair's modules are matched with one another."""
-    of_t, order_t, owners_t = target.owner_runs()
-    of_s, order_s, owners_s = source.owner_runs()
-    size_t, size_s = np.asarray(owners_t.sum(0)).ravel(), np.asarray(owners_s.sum(0)).ravel()
-    jaccard = _jaccard(product(owners_t, matrix, owners_s), size_t, size_s)
-    a, b = of_t[t], of_s[s]
-    return at(jaccard, order_t[a, 0], order_s[b, 0]) + at(jaccard, order_t[a, 1], order_s[b, 1])
+# ---- lists -----------------------------------------------------------------------------------------------------
 
 
-class Lists:
+class _Lists:
     """The numbered siblings of a side: for every item the kinds of the innermost ones around it, its rank there, and their number."""
 
     def __init__(self, side: Side) -> None:
@@ -144,38 +206,50 @@ class Lists:
                 self.group[i, column], self.rank[i, column] = group, rank
 
 
-def directions(source: Lists, target: Lists, soft: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+class _Directions:
     """For pairs in numbered siblings of equal count: whether the siblings run forwards or backwards, and the pair agrees."""
-    result = np.zeros(len(t))
-    if not source.size or not target.size:
-        return result
-    size_t, size_s = np.array([*target.size, -1]), np.array([*source.size, -2])
-    for a in range(2):
-        for b in range(2):
-            of_t, of_s = target.group[t, a], source.group[s, b]
-            rank_t, rank_s = target.rank[t, a], source.rank[s, b]
-            n = size_t[of_t]
-            same = (of_t >= 0) & (of_s >= 0) & (n == size_s[of_s]) & (n > 1)
-            lists = of_t * (len(source.size) + 1) + of_s
-            lists = np.where(same, lists, 0)
-            ahead, back = same & (rank_t == rank_s), same & (rank_t == n - 1 - rank_s)
-            count = int(lists.max()) + 1
-            forward, backward = np.bincount(lists, soft * (ahead & ~back), count), np.bincount(lists, soft * (back & ~ahead), count)
+
+    def __init__(self, source: _Lists, target: _Lists, t: np.ndarray, s: np.ndarray) -> None:
+        self._n = len(t)
+        self._ways: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]] = []
+        if not source.size or not target.size:
+            return
+        size_t, size_s = np.array([*target.size, -1]), np.array([*source.size, -2])
+        for a in range(2):
+            for b in range(2):
+                of_t, of_s = target.group[t, a], source.group[s, b]
+                rank_t, rank_s = target.rank[t, a], source.rank[s, b]
+                n = size_t[of_t]
+                same = (of_t >= 0) & (of_s >= 0) & (n == size_s[of_s]) & (n > 1)
+                ahead, back = same & (rank_t == rank_s), same & (rank_t == n - 1 - rank_s)
+                lists = of_t * (len(source.size) + 1) + of_s
+                one, two = np.flatnonzero(ahead & ~back), np.flatnonzero(back & ~ahead)
+                if len(one) or len(two):
+                    self._ways.append((one, two, lists[one], lists[two], int(lists.max()) + 1))
+
+    def __call__(self, soft: np.ndarray) -> np.ndarray:
+        result = np.zeros(self._n)
+        for ahead, back, of_ahead, of_back, count in self._ways:
+            forward, backward = np.bincount(of_ahead, soft[ahead], count), np.bincount(of_back, soft[back], count)
             lean = (forward - backward) / np.maximum(forward + backward, 1.0)
-            result += np.where(ahead & ~back, lean[lists], 0.0) - np.where(back & ~ahead, lean[lists], 0.0)
-    return np.clip(result, -2, 2)
+            result[ahead] += lean[of_ahead]
+            result[back] -= lean[of_back]
+        return np.clip(result, -2, 2)
 
 
-def kind_ids(side: Side) -> np.ndarray:
+def _kind_ids(side: Side) -> np.ndarray:
     ids: dict[str, int] = {}
     return np.array([ids.setdefault(side.loop_template(i), len(ids)) for i in range(side.n)])
 
 
-def consensus(kinds: tuple[np.ndarray, np.ndarray], soft: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+class _Consensus:
     """The share of a target kind's soft pairs (the same key in three or more repeated modules) that go to the pair's source kind."""
-    of_t, of_s = kinds[0][t], kinds[1][s]
-    _, place = np.unique(of_t * (int(of_s.max()) + 1) + of_s, return_inverse=True)
-    both = np.bincount(place, soft)
-    total = np.maximum(np.bincount(of_t, soft), 1e-9)
-    many = np.bincount(kinds[0])[of_t] > 2
-    return np.where(many, both[place] / np.maximum(total[of_t], 0.5), 0.0)
+
+    def __init__(self, kinds_t: np.ndarray, kinds_s: np.ndarray, t: np.ndarray, s: np.ndarray) -> None:
+        self._of_t = kinds_t[t]
+        _, self._place = np.unique(self._of_t * (int(kinds_s.max()) + 1) + kinds_s[s], return_inverse=True)
+        self._many = np.bincount(kinds_t)[self._of_t] > 2
+
+    def __call__(self, soft: np.ndarray) -> np.ndarray:
+        both, total = np.bincount(self._place, soft), np.bincount(self._of_t, soft)
+        return np.where(self._many, both[self._place] / np.maximum(total[self._of_t], 0.5), 0.0)

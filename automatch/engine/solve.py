@@ -17,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
-from automatch.engine import context as around
+from automatch.engine.context import Context
 from automatch.engine.evidence import flat_words, unary_evidence
 from automatch.engine.items import canonical
 from automatch.engine.names import Lexicon
@@ -133,36 +133,21 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
         return Solution(t, s, np.zeros(0), np.zeros(0), {})
     evidence = unary_evidence(source, target, t, s, lexicon)
     unary = sum(getattr(w, name) * values for name, values in evidence.items())
-    families = {
-        "node": (around.module_groups(target), around.module_groups(source)),
-        "template": (around.template_groups(target), around.template_groups(source)),
-        "suffix": (around.suffix_groups(target), around.suffix_groups(source)),
-    }
-    lists = (around.Lists(source), around.Lists(target))
-    kinds = (around.kind_ids(target), around.kind_ids(source))
+    context = Context(source, target, t, s)
     oblong = np.array([len(set(canonical(shape))) > 1 for shape in target.shapes])[t]
-    avoidable = _avoidable(evidence["layout"] > 0, t, s, target.n, source.n)
+    plain = evidence["layout"] > 0
+    avoidable = _avoidable(plain, t, s, target.n, source.n)
     trust = source.order_trust[s] * target.order_trust[t]
     score = np.asarray(unary)
     for beta in w.betas:
         soft = soft_assignment(score, t, s, target.n, source.n, w.none, beta)
-        matrix = around.matrix_of(soft, t, s, target.n, source.n)
+        found = context(soft) | {"turned": _turned(plain, oblong, avoidable, soft)}
+        for name in ("neighbour", "beside"):
+            found[name] *= trust
         score = np.array(unary)
-        for name, (groups_t, groups_s) in families.items():
-            evidence[name] = around.context(groups_t, groups_s, matrix, t, s, compete=name == "node")
-            score += getattr(w, name) * evidence[name]
-        evidence["direction"] = around.directions(*lists, soft, t, s)
-        score += w.direction * evidence["direction"]
-        evidence["consensus"] = around.consensus(kinds, soft, t, s)
-        score += w.consensus * evidence["consensus"]
-        evidence["turned"] = _turned(evidence["layout"] > 0, oblong, avoidable, soft)
-        score += w.turned * evidence["turned"]
-        evidence["owner"] = around.owners(source, target, soft, matrix, t, s)
-        score += w.owner * evidence["owner"]
-        evidence["neighbour"] = trust * around.neighbours(source, target, soft, t, s)
-        score += w.neighbour * evidence["neighbour"]
-        evidence["beside"] = trust * around.module_neighbours(source, target, matrix, t, s)
-        score += w.beside * evidence["beside"]
+        for name, values in found.items():
+            score += getattr(w, name) * values
+        evidence.update(found)
     soft = soft_assignment(score, t, s, target.n, source.n, w.none, w.betas[-1])
     return Solution(t, s, score, soft, evidence)
 

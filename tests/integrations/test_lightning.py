@@ -231,54 +231,6 @@ def test_a_renamed_module_is_proposed_for(pl, tmp_path):
     assert torch.equal(new.model(torch.eye(3)), old.net(torch.eye(3)))
 
 
-class Moving(torch.nn.Module):
-    """What Fabric trains in the test below."""
-
-    def __init__(self, names: tuple[str, str]) -> None:
-        super().__init__()
-        for name in names:
-            setattr(self, name, nn.Linear(3, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for child in sorted(self.named_children()):
-            x = child[1](x)
-        return x
-
-
-def test_fabric_load(tmp_path):
-    fabric_module = pytest.importorskip("lightning.fabric")
-    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
-
-    def step(model: Any, optimizer: Any) -> float:
-        loss = model(torch.ones(2, 3)).square().sum()
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        return loss.item()
-
-    old = Moving(("a", "b"))
-    model, optimizer = fabric.setup(old, torch.optim.Adam(old.parameters(), lr=0.1))
-    step(model, optimizer)
-    fabric.save(tmp_path / "f.ckpt", {"model": model, "optimizer": optimizer, "epoch": 4, "note": "kept"})
-    expected = [step(model, optimizer) for _ in range(3)]
-
-    new = Moving(("y", "x"))  # registered the other way round
-    feeds = {f"{target}.{leaf}": f"{source}.{leaf}" for target, source in (("x", "a"), ("y", "b")) for leaf in ("weight", "bias")}
-    mapping = mapping_of(new, torch.load(tmp_path / "f.ckpt")["model"], feeds)
-    wrapped, resumed = fabric.setup(new, torch.optim.Adam(new.parameters(), lr=0.1))
-    before = snapshot_of(new)
-    partial = mapping.decide("x.bias", None)
-    state = {"model": wrapped, "optimizer": resumed, "epoch": 0}
-    with pytest.raises(LoadError, match=r"'x.bias'"):
-        automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", state, mapping=partial)
-    assert_unchanged(new, before)
-    with pytest.raises(LoadError, match="'gone' is not in the checkpoint"):
-        automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", {**state, "gone": 1}, mapping=mapping)
-    rest = automatch.lightning.fabric_load(fabric, tmp_path / "f.ckpt", state, mapping=mapping)
-    assert (rest, state["epoch"]) == ({"note": "kept"}, 4)
-    assert [step(wrapped, resumed) for _ in range(3)] == pytest.approx(expected, rel=1e-6)
-
-
 def test_the_snapshot_callback_and_what_it_is_good_for(pl, tmp_path):
     """Frozen twins of one shape: which of them the optimizer held is known from the snapshot alone."""
 

@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from automatch.distributed.conversion import ConversionReport, convert
     from automatch.distributed.crew import RankLostError
     from automatch.distributed.loading import DistributedReport, load
-    from automatch.distributed.planner import MappedLoadPlanner, WholeRead
+    from automatch.distributed.planner import MappedLoadPlanner
+    from automatch.distributed.reads import WholeRead
 
 _HOME_OF = {
     "ConversionReport": "conversion",
     "DistributedReport": "loading",
     "MappedLoadPlanner": "planner",
     "RankLostError": "crew",
-    "WholeRead": "planner",
+    "WholeRead": "reads",
     "convert": "conversion",
     "load": "loading",
 }

@@ -14,7 +14,8 @@ from automatch.apply import check_side
 from automatch.distributed.crew import Crew
 from automatch.distributed.entries import Entries, find_source_prefix
 from automatch.distributed.loading import given_mapping
-from automatch.distributed.planner import MappedLoadPlanner, WholeRead
+from automatch.distributed.planner import MappedLoadPlanner
+from automatch.distributed.reads import WholeRead
 from automatch.distributed.shard_files import ShardFiles
 from automatch.distributed.shards import Format, Output, Plan, assign, placeholder, plan_conversion, portions, renamed, stored_objects
 from automatch.distributed.source import dcp_load, read_objects, spec_of_metadata
@@ -98,10 +99,10 @@ def convert(
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     source = Path(checkpoint)
     files = ShardFiles(Path(out), to)
-    with Crew(group, timeout=timeout) as crew:
+    with Crew(group, timeout=timeout, outcome="Complete shards are kept for the next call") as crew:
         given = crew.together("reading the mapping", lambda: given_mapping(mapping))
-        proposed = crew.together("planning", lambda: _plan(source, files, given, max_shard_bytes, trust) if crew.leads else None)
-        order: _Order = crew.together("receiving the plan", lambda: crew.broadcast(proposed))
+        made = crew.together("planning", lambda: _plan(crew, source, files, given, max_shard_bytes, trust) if crew.leads else None)
+        order: _Order = crew.together("receiving the plan", lambda: made or crew.receive())
         reader = crew.together("opening the checkpoint", lambda: _opened(order, source, trust))
         whole = crew.together("converting", lambda: _write_share(crew, order, reader, files, progress, trust))
         crew.together("finishing", lambda: _finish(source, order.plan, files) if crew.leads else None)
@@ -110,7 +111,7 @@ def convert(
     return ConversionReport(files.out, len(outputs), total, len(order.plan.shards), len(order.done), order.plan.left_out, tuple(whole))
 
 
-def _plan(source: Path, files: ShardFiles, given: KeyMapping | None, limit: int, trust: bool) -> _Order:
+def _plan(crew: Crew, source: Path, files: ShardFiles, given: KeyMapping | None, limit: int, trust: bool) -> _Order:
     """On rank 0: what goes where, and what an earlier run has left."""
     files.refuse_existing()
     metadata = open_reader(source, trust=trust).read_metadata()
@@ -125,7 +126,7 @@ def _plan(source: Path, files: ShardFiles, given: KeyMapping | None, limit: int,
     mapping = KeyMapping(replace(mapping.source, spec=None), replace(mapping.target, spec=None), lean)
     found = identity(source)
     plan = plan_conversion(mapping, metadata, files.format, limit, identity(source, times=True))
-    return _Order(mapping, plan, metadata, found, files.begin(plan))
+    return crew.hand_out(_Order(mapping, plan, metadata, found, files.begin(plan)))
 
 
 def _opened(order: _Order, source: Path, trust: bool) -> Reader:

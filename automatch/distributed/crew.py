@@ -1,8 +1,8 @@
 """The ranks of one call: they agree before anything is changed, and none waits for one that is gone.
 
-Votes, decisions and signs of life go through the process group's key-value store, not through collectives: a
-collective hangs until its own time-out when a rank is gone, and holds up every rank for the slowest. A decision is
-one atomic `compare_set`, so that all ranks see the same one.
+Votes, decisions, signs of life and what rank 0 tells the others go through the process group's key-value store, not
+through collectives: a collective hangs until its own time-out when a rank is gone, and holds up every rank for the
+slowest. A decision is one atomic `compare_set`, so that all ranks see the same one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import pickle
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,8 +26,10 @@ from automatch.errors import AutomatchError, LoadError
 
 T = TypeVar("T")
 _SILENT = "no sign of life"
+_HOLDER_DIED = "the rank that holds it has died"
 _TOLD = "told: "  # a rank that stops because of another one repeats what that one said
 _PATIENCE = 10  # a rank that lives but finishes nothing for this many time-outs is lost, too
+_PIECE = 1 << 20  # bytes of a value that is handed out; a store takes 8 MB at once, and holds a piece per rank while it sends them
 _RUNS: dict[str, int] = {}
 
 
@@ -40,12 +44,15 @@ class Crew:
         group: the process group; None for the default one. Without torch.distributed there is one rank.
         timeout: seconds after which a rank without a sign of life counts as lost, > 0. A rank that has not begun yet,
             or that lives but finishes no read, counts as lost after ten times as long.
+        outcome: what errors say about what is left when ranks fail.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout: float = 60.0, outcome: str = "Nothing was changed on any rank"
+    ) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
-        self.group, self.timeout = group, float(timeout)
+        self.group, self.timeout, self.outcome = group, float(timeout), outcome
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if together else 0
         self.size = dist.get_world_size(group) if together else 1
@@ -55,6 +62,7 @@ class Crew:
         self._failure: str | None = None
         self._steps = itertools.count()
         self._lost = 0
+        self._pieces: list[str] = []
         self._beating: threading.Thread | None = None
 
     @property
@@ -108,18 +116,16 @@ class Crew:
         try:
             decision = self._decide(name, step, error)
         except RuntimeError as gone:
-            if error is not None:
+            if error is not None and not isinstance(error, RankLostError | dist.DistError):
                 raise _as_own(error) from error
-            raise RankLostError(
-                f"lost the store that the ranks share while {step}; the rank that holds it has died. Nothing was changed"
-            ) from gone
+            raise RankLostError(f"lost the store that the ranks share while {step}; {_HOLDER_DIED}. {self.outcome}") from gone
         if decision == "go":
             return
         failures: dict[str, str] = json.loads(decision)
         self._lost = sum(_SILENT in text for text in failures.values())
         if error is not None and not isinstance(error, RankLostError):
             raise _as_own(error) from error
-        raise _joint_error(step, failures)
+        raise _joint_error(step, failures, self.outcome)
 
     def together(self, step: str, action: Callable[[], T]) -> T:
         """Do something on this rank, and give its result once every rank has done it; raise on all if one fails.
@@ -136,15 +142,26 @@ class Crew:
         self.agree(step)
         return result
 
-    def broadcast(self, value: Any) -> Any:
-        """What rank 0 gives, on every rank."""
-        if self.size == 1:
-            return value
-        values = [value if self.leads else None]
-        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+    def hand_out(self, value: T) -> T:
+        """On rank 0: leave a value for the others, who `receive` it once all have agreed on what they did meanwhile."""
+        if self._store is not None:
+            with no_collection():
+                data = zlib.compress(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), 1)  # metadata shrinks to a twentieth
+            self._store.set("value", str(len(data)))
+            for start in range(0, len(data), _PIECE):
+                self._pieces.append(f"value/{start}")
+                self._store.set(self._pieces[-1], data[start : start + _PIECE])
+                self.advance()
+        return value
+
+    def receive(self) -> Any:
+        """On the others: what rank 0 has handed out."""
+        pieces: list[bytes] = []
+        for start in range(0, int(self._store.get("value")), _PIECE):
+            pieces.append(self._store.get(f"value/{start}"))
+            self.advance()
         with no_collection():
-            dist.broadcast_object_list(values, src=source, group=self.group)
-        return values[0]
+            return pickle.loads(zlib.decompress(b"".join(pieces)))
 
     def count(self, name: str, amount: int) -> int:
         """Add to a counter that all ranks share and return what it stands at."""
@@ -194,6 +211,8 @@ class Crew:
         deadline = time.monotonic() + self.timeout
         while self.leads and self._store.add("left", 0) < self.size - self._lost and time.monotonic() < deadline:
             time.sleep(0.005)
+        for key in self._pieces:
+            self._store.delete_key(key)
 
     # ---- signs of life ------------------------------------------------------------------------------------
 
@@ -210,7 +229,7 @@ class Crew:
                     self._store.set(f"beat/{self.rank}", str(beat))
                 self._notice(watch.lost())
             except RuntimeError:
-                self._failure = self._failure or "lost the store that the ranks share; the rank that holds it has died"
+                self._failure = self._failure or f"lost the store that the ranks share; {_HOLDER_DIED}"
                 return
             if self._stop.wait(interval):
                 return
@@ -273,8 +292,8 @@ def _as_own(error: BaseException) -> BaseException:
     return LoadError(f"{type(error).__name__}: {error}")
 
 
-def _joint_error(step: str, failures: dict[str, str]) -> LoadError:
+def _joint_error(step: str, failures: dict[str, str], outcome: str) -> LoadError:
     first = {rank: text for rank, text in failures.items() if not text.startswith(_TOLD)}
     listed = "; ".join(f"rank {rank}: {text}" for rank, text in first.items()) or next(iter(failures.values())).removeprefix(_TOLD)
     kind = RankLostError if any(_SILENT in text for text in failures.values()) else LoadError
-    return kind(f"while {step}, {listed}. Nothing was changed on any rank")
+    return kind(f"while {step}, {listed}. {outcome}")

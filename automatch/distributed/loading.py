@@ -17,7 +17,8 @@ import torch.distributed as dist
 from automatch.apply import check_side
 from automatch.distributed.crew import Crew
 from automatch.distributed.entries import Entries, find_entries, find_source_prefix
-from automatch.distributed.planner import MappedLoadPlanner, WholeRead
+from automatch.distributed.planner import MappedLoadPlanner
+from automatch.distributed.reads import WholeRead
 from automatch.distributed.source import dcp_load, match_groups, spec_of_metadata
 from automatch.distributed.storage import Reader, identity, open_reader
 from automatch.distributed.target import Target
@@ -127,8 +128,8 @@ class _Options:
 
 def _load(crew: Crew, target: Target, path: Path, options: _Options) -> DistributedReport:
     given = crew.together("reading the mapping", lambda: given_mapping(options.mapping))
-    proposed = crew.together("proposing", lambda: _propose(target, path, given, options) if crew.leads else None)
-    order: _Order = crew.together("receiving the mapping", lambda: crew.broadcast(proposed and proposed[0]))
+    proposed = crew.together("proposing", lambda: _propose(crew, target, path, given, options) if crew.leads else None)
+    order: _Order = crew.together("receiving the mapping", lambda: proposed[0] if proposed else crew.receive())
     mapping = crew.together("checking the fingerprints", lambda: _checked(order, target, path, given))
     reader = open_reader(path, order.metadata, trust=options.trust)
     entries = crew.together("planning", lambda: find_entries(mapping, target.flat, order.metadata, order.groups, order.source_prefix))
@@ -164,7 +165,7 @@ def given_mapping(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMap
     return mapping if isinstance(mapping, KeyMapping) or mapping is None else KeyMapping.load(Path(mapping))
 
 
-def _propose(target: Target, path: Path, given: KeyMapping | None, options: _Options) -> tuple[_Order, KeyMapping]:
+def _propose(crew: Crew, target: Target, path: Path, given: KeyMapping | None, options: _Options) -> tuple[_Order, KeyMapping]:
     """On rank 0: the mapping, from metadata alone, and what the others need to follow it."""
     reader = open_reader(path, trust=options.trust)
     metadata = reader.read_metadata()
@@ -188,7 +189,8 @@ def _propose(target: Target, path: Path, given: KeyMapping | None, options: _Opt
     lean = tuple(Match(match.target, match.sources, match.transform) for match in plan.matches)
     groups = match_groups(plan, target.flat, reader, trust=options.trust)
     side = Side(str(path), source.fingerprint, len(source), StateSpec((), str(path), source.wrapper))
-    return _Order(lean, side, target.spec.fingerprint, digest(given or plan), identity(path), metadata, prefix, groups), whole
+    order = _Order(lean, side, target.spec.fingerprint, digest(given or plan), identity(path), metadata, prefix, groups)
+    return crew.hand_out(order), whole
 
 
 def _checked(order: _Order, target: Target, path: Path, given: KeyMapping | None) -> KeyMapping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,49 +25,11 @@ from automatch.distributed._collection import no_collection
 from automatch.distributed.boxes import Piece, cut, relative, sizes
 from automatch.distributed.chunks import box_of, is_elsewhere, local_chunks, narrow, seen_as_source, seen_as_target
 from automatch.distributed.entries import Entries, Entry, find_entries
+from automatch.distributed.reads import Part, Whole, WholeRead
 from automatch.distributed.reshapes import Box, NotSliceableError
 from automatch.errors import LoadError, TransformError, UnsafeCheckpointError
 from automatch.mapping import KeyMapping
 from automatch.transforms import apply_transform, output_shape
-
-
-@dataclass(slots=True)
-class _Part:
-    """A read of a slice: its piece, the local tensor that it fills, and the buffer in between if one is needed."""
-
-    piece: Piece
-    local: torch.Tensor
-    origin: Box
-    buffer: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Whole:
-    """A target that needs all of its sources: they are read, joined and cut."""
-
-    entry: Entry
-    shapes: list[tuple[int, ...]]
-    dtypes: list[torch.dtype]
-    local: torch.Tensor | None
-    box: Box | None
-    waiting: int = 0
-    buffers: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-    objects: list[Any] = field(default_factory=list[Any])
-
-
-@dataclass(frozen=True, slots=True)
-class WholeRead:
-    """A target whose sources are read whole on this rank, and why.
-
-    Args:
-        key: the target's key.
-        nbytes: memory for the sources, in bytes, besides the target; held for one such target at a time.
-        reason: why no slice of them will do.
-    """
-
-    key: str
-    nbytes: int
-    reason: str
 
 
 class MappedLoadPlanner(DefaultLoadPlanner):
@@ -104,7 +66,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         self._mapping, self._groups, self._trust = mapping, groups, trust
         self._on_read, self._on_plan = on_read, on_plan
         self._entries = entries
-        self._reads: list[tuple[_Part | _Whole | str, int]] = []
+        self._reads: list[tuple[Part | Whole | str, int]] = []
         self.whole_reads: list[WholeRead] = []
         self.bytes_planned = 0
 
@@ -144,13 +106,13 @@ class MappedLoadPlanner(DefaultLoadPlanner):
 
     def batches(self, items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
         """The sliced reads together, then each target that needs whole sources by itself, to bound the memory."""
-        sliced = [item for item in items if not isinstance(self._read(item)[0], _Whole)]
+        sliced = [item for item in items if not isinstance(self._read(item)[0], Whole)]
         if sliced:
             yield sliced
         alone: dict[int, list[ReadItem]] = {}
         for item in items:
             read = self._read(item)[0]
-            if isinstance(read, _Whole):
+            if isinstance(read, Whole):
                 alone.setdefault(id(read), []).append(item)
         yield from alone.values()
 
@@ -164,7 +126,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         except pickle.UnpicklingError as error:
             key = read_item.storage_index.fqn
             raise UnsafeCheckpointError(f"entry {key!r} was not read: {error}; pass trust=True if you know who wrote it") from error
-        if isinstance(read, _Whole):
+        if isinstance(read, Whole):
             read.objects[position] = loaded
             self._arrived(read)
         else:
@@ -173,12 +135,12 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """Where the reader writes a slice: into the target itself where its memory allows that."""
         read, position = self._read(read_item)
-        if isinstance(read, _Whole):
+        if isinstance(read, Whole):
             if not read.buffers:
                 read.buffers = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(read.shapes, read.dtypes, strict=True)]
             return narrow(read.buffers[position], read_item.dest_offsets, read_item.lengths)
-        assert isinstance(read, _Part)
-        view = seen_as_source(_target_of(read), read.piece)
+        assert isinstance(read, Part)
+        view = seen_as_source(read.target, read.piece)
         if view is None:
             read.buffer = view = torch.empty(sizes(read.piece.box), dtype=read.local.dtype, device=read.local.device)
         return view
@@ -186,15 +148,15 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Bring a slice that was read into a buffer to its place."""
         read, _ = self._read(read_item)
-        if isinstance(read, _Whole):
+        if isinstance(read, Whole):
             self._arrived(read)
-        elif isinstance(read, _Part) and read.buffer is not None:
-            _target_of(read).copy_(seen_as_target(read.buffer, read.piece))
+        elif isinstance(read, Part) and read.buffer is not None:
+            read.target.copy_(seen_as_target(read.buffer, read.piece))
             read.buffer = None
         if self._on_read is not None:
             self._on_read(tensor.nbytes)
 
-    def _arrived(self, read: _Whole) -> None:
+    def _arrived(self, read: Whole) -> None:
         read.waiting -= 1
         if read.waiting:
             return
@@ -205,7 +167,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
             read.local.copy_(narrow(joined, [start for start, _ in read.box], sizes(read.box)))
         read.buffers, read.objects = [], []
 
-    def _put_agreed(self, read: _Whole) -> None:
+    def _put_agreed(self, read: Whole) -> None:
         values: list[Any] = read.buffers or read.objects
         first = values[0]
         if any(not torch.equal(first, v) if isinstance(first, torch.Tensor) else first != v for v in values[1:]):
@@ -221,7 +183,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     def _put(self, key: str, value: Any) -> None:
         set_element(self.original_state_dict, self.mappings[key], value)
 
-    def _read(self, item: ReadItem) -> tuple[_Part | _Whole | str, int]:
+    def _read(self, item: ReadItem) -> tuple[Part | Whole | str, int]:
         return self._reads[item.dest_index.index or 0]
 
     # ---- planning -----------------------------------------------------------------------------------------
@@ -254,10 +216,10 @@ class MappedLoadPlanner(DefaultLoadPlanner):
                 self.whole_reads.append(WholeRead(entry.target, nbytes, str(reason)))
                 late.extend(self._plan_whole(entry, tensors, local, box))
                 continue
-            items.extend(self._plan_piece(entry, tensors, piece, _Part(piece, local, box)) for piece in pieces)
+            items.extend(self._plan_piece(entry, tensors, piece, Part(piece, local, box)) for piece in pieces)
         return items
 
-    def _plan_piece(self, entry: Entry, tensors: Sequence[TensorStorageMetadata], piece: Piece, part: _Part) -> ReadItem:
+    def _plan_piece(self, entry: Entry, tensors: Sequence[TensorStorageMetadata], piece: Piece, part: Part) -> ReadItem:
         md, key = tensors[piece.source], entry.sources[piece.source]
         chunk = md.chunks[piece.chunk]
         inside = relative(piece.box, box_of(chunk))
@@ -273,7 +235,7 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         )
 
     def _plan_whole(self, entry: Entry, tensors: Sequence[TensorStorageMetadata], local: torch.Tensor, box: Box) -> list[ReadItem]:
-        read = _Whole(entry, [tuple(md.size) for md in tensors], [md.properties.dtype for md in tensors], local, box)
+        read = Whole(entry, [tuple(md.size) for md in tensors], [md.properties.dtype for md in tensors], local, box)
         items: list[ReadItem] = []
         for position, (key, md) in enumerate(zip(entry.sources, tensors, strict=True)):
             whole_chunk = ChunkStorageMetadata(torch.Size([0] * len(md.size)), md.size)
@@ -286,16 +248,16 @@ class MappedLoadPlanner(DefaultLoadPlanner):
     def _plan_objects(self, entry: Entry, stored: Sequence[Any]) -> list[ReadItem]:
         if len(stored) > 1 and (not entry.agree or not all(isinstance(md, BytesStorageMetadata) for md in stored)):
             raise LoadError(f"{entry.target!r} cannot be made of {', '.join(map(repr, entry.sources))}: not all of them are tensors")
-        read: _Whole | str = entry.target
+        read: Whole | str = entry.target
         if entry.agree:
-            read = _Whole(entry, [], [], None, None, len(stored), objects=[None] * len(stored))
+            read = Whole(entry, [], [], None, None, len(stored), objects=[None] * len(stored))
         zero = torch.Size([0])
         return [
             ReadItem(LoadItemType.BYTE_IO, self._index(entry.target, read, i), zero, MetadataIndex(key), zero, zero)
             for i, key in enumerate(entry.sources)
         ]
 
-    def _index(self, key: str, read: _Part | _Whole | str, position: int) -> MetadataIndex:
+    def _index(self, key: str, read: Part | Whole | str, position: int) -> MetadataIndex:
         self._reads.append((read, position))
         return MetadataIndex(key, index=len(self._reads) - 1)
 
@@ -307,8 +269,3 @@ class MappedLoadPlanner(DefaultLoadPlanner):
         if given != wanted:
             sources = ", ".join(map(repr, entry.sources))
             raise LoadError(f"size mismatch for {entry.target!r}: checkpoint {given} (from {sources}), model {wanted}")
-
-
-def _target_of(part: _Part) -> torch.Tensor:
-    box = relative(part.piece.target, part.origin)
-    return narrow(part.local.detach(), [start for start, _ in box], sizes(box))

@@ -55,9 +55,7 @@ class ShardFiles:
         Raises:
             CheckpointError: the output exists.
         """
-        if (self.out / _RECORDS).is_dir():  # the last run ended between naming the directory and clearing its records
-            shutil.rmtree(self.out / _RECORDS)
-        if self.out.exists():
+        if self.out.exists() and not (self.out / _RECORDS / _PLAN).is_file():
             raise CheckpointError(f"{str(self.out)!r} exists; name a new directory")
         if not self.out.parent.is_dir():
             raise CheckpointError(f"{str(self.out.parent)!r} is not a directory; create it first")
@@ -68,18 +66,26 @@ class ShardFiles:
         Raises:
             CheckpointError: it holds another conversion.
         """
+        if self.out.exists():
+            self._reopen(plan)
         note = self._records / _PLAN
         if self.work.exists():
             self._refuse_other(_read_json(note) or {}, plan)
         else:
             self._records.mkdir(parents=True)
-            write_atomically(note, json.dumps({"plan": plan.digest, "checkpoint": plan.checkpoint}).encode())
+            write_atomically(note, json.dumps(_note(plan)).encode())
         done = frozenset(shard for shard in range(len(plan.shards)) if self._is_done(shard, plan))
         kept = {self._name(shard, plan) for shard in done}
         for file in self.work.iterdir():
             if file.is_file() and file.name not in kept:
                 file.unlink()
         return done
+
+    def _reopen(self, plan: Plan) -> None:
+        """Take up a run that ended between naming the directory and clearing its records."""
+        if self.work.exists() or _read_json(self.out / _RECORDS / _PLAN) != _note(plan):
+            raise CheckpointError(f"{str(self.out)!r} exists; name a new directory")
+        self.out.rename(self.work)
 
     def _refuse_other(self, known: dict[str, Any], plan: Plan) -> None:
         what = "something that is not recorded" if "plan" not in known else None
@@ -183,6 +189,11 @@ class _Streamed(Content):
         assert (key, dtype_name(tensor.dtype), tuple(tensor.shape)) == (item.key, item.dtype, item.shape)
         output.write(tensor.reshape(-1).view(torch.uint8).numpy())
         return 0
+
+
+def _note(plan: Plan) -> dict[str, str]:
+    """By what an unfinished conversion is known again."""
+    return {"plan": plan.digest, "checkpoint": plan.checkpoint}
 
 
 def _planned(output: Output) -> Planned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -22,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharded_models import New, Old, expected, mapping_of, matches, new_model, old_model, split_back
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from worlds import run_ranks, save_alone, values
+from worlds import HANG, run_ranks, save_alone, values
 
 import automatch.distributed.conversion
 import automatch.distributed.shard_files
@@ -36,6 +38,7 @@ from automatch.mapping import Match
 from automatch.transforms import apply_transform
 
 pytestmark = pytest.mark.distributed
+TIMEOUT = 4  # seconds without a sign of life after which the tests' ranks give a killed one up
 LIMIT = 3000  # bytes: small files, so that there are many
 
 
@@ -69,19 +72,32 @@ def identity_matches() -> list[Match]:
     return [Match(key, (key,), decided=True) for key in Old().state_dict()]
 
 
-def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None) -> Any:
-    """Convert; rank ``victim`` kills itself when it is to write its third file."""
+def die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_where(where: str) -> None:
+    """Let this rank kill itself: in its third file (when that has begun), or at a step of rank 0 when all files are there."""
+    files = automatch.distributed.shard_files
+    write, count = files.ShardFiles.write, 0
+
+    def dying_write(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        write(*args[:-1], map(die, args[-1]) if count == 3 else args[-1])
+
+    if where == "file":
+        files.ShardFiles.write = dying_write  # type: ignore[method-assign]
+    elif where == "index":
+        files.ShardFiles._write_index = files.ShardFiles._write_metadata = die  # type: ignore[method-assign]
+    elif where == "name":
+        files.shutil = SimpleNamespace(rmtree=die)  # type: ignore[assignment]
+
+
+def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None, where: str = "file") -> Any:
+    """Convert; rank ``victim`` kills itself on the way."""
     if rank == victim:
-        write, count = automatch.distributed.shard_files.ShardFiles.write, 0
-
-        def dying_write(*args: Any) -> None:
-            nonlocal count
-            count += 1
-            if count == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(*args)
-
-        automatch.distributed.shard_files.ShardFiles.write = dying_write  # type: ignore[method-assign]
+        die_where(where)
     seen: list[tuple[int, int]] = []
     mapping = mapping_of(Old(), New())
     report = convert(
@@ -90,7 +106,7 @@ def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None
         mapping,
         to=to,
         max_shard_bytes=LIMIT,
-        timeout=3 if victim is not None else 30,
+        timeout=60 if victim is None else TIMEOUT,
         progress=lambda *done: seen.append(done),
     )
     return report, seen
@@ -122,23 +138,55 @@ def test_a_dcp_directory_becomes_a_folder(trained: Path, old_state: dict[str, to
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_a_killed_conversion_is_taken_up_where_it_stopped(trained: Path, tmp_path: Path) -> None:
-    before, out, work = contents(trained), tmp_path / "hf", tmp_path / "hf.incomplete"
-    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", 1, limit=60)
-    assert outcomes[1].signal == signal.SIGKILL
-    assert outcomes[0].error is not None
-    assert outcomes[0].error.startswith("RankLostError: ")
+@pytest.mark.parametrize(
+    ("victim", "where", "to"),
+    [(0, "file", "safetensors"), (1, "file", "safetensors"), (1, "file", "dcp"), (0, "index", "safetensors"), (0, "index", "dcp")],
+)
+def test_a_killed_conversion_is_taken_up_where_it_stopped(trained: Path, tmp_path: Path, victim: int, where: str, to: str) -> None:
+    """Rank 0 holds the store of the process group, so its death is noticed in another way than that of rank 1."""
+    before, out, work = contents(trained), tmp_path / "out", tmp_path / "out.incomplete"
+    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, to, victim, where)
+    assert outcomes[victim].signal == signal.SIGKILL
+    error = outcomes[1 - victim].error or ""
+    noticed = f"rank {victim}: no sign of life for {TIMEOUT} s" + ("" if victim else "|the rank that holds it has died")
+    assert re.match(rf"RankLostError: .*({noticed})", error)
+    assert error.endswith("Complete shards are kept for the next call")
     assert not out.exists()
-    kept = contents(work)
-    assert kept
+    files = contents(work)
+    complete = {json.loads(path.read_text())["file"] for path in (work / ".automatch").glob("[0-9]*.json")}
+    kept = {name: files[name] for name in complete}
+    assert len(kept) >= 2
     (work / "model-00099-of-00099.safetensors").write_bytes(b"half a file")
-    results = values(run_ranks(4, convert_some, tmp_path, trained, out, "safetensors", None))
+    results = values(run_ranks(4, convert_some, tmp_path, trained, out, to, None))
     assert results[0][0].n_reused == len(kept)
     after = contents(out)
     assert {name: after[name] for name in kept} == kept, "complete shards were written again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert contents(trained) == before
-    assert len(read_folder(out)) == len(New().state_dict())
-    assert not work.exists()
+    check_converted(out, trained)
+
+
+def check_converted(out: Path, source: Path) -> None:
+    """All values of a converted directory are those that a load of its source gives."""
+    got, wanted = new_model(), new_model(seed=2)
+    load(got, out, mapping_of(New(), New(), [Match(key, (key,), decided=True) for key in New().state_dict()]))
+    load(wanted, source, mapping_of(Old(), New()))
+    assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), wanted.state_dict().values(), strict=True))
+
+
+def test_a_conversion_killed_when_it_had_its_name_is_complete(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", 0, "name")
+    assert outcomes[0].signal == signal.SIGKILL
+    before = {name: state for name, state in contents(out).items() if name.endswith(".safetensors")}
+    other = mapping_of(Old(), New(), matches()[1:])
+    with pytest.raises(CheckpointError, match="out' exists; name a new directory"):
+        convert(trained, out, other, max_shard_bytes=LIMIT)
+    results = values(run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", None))
+    assert results[0][0].n_reused == results[0][0].n_shards == len(before)
+    assert contents(out).items() >= before.items()
+    assert not (out / ".automatch").exists()
+    check_converted(out, trained)
 
 
 def test_a_dcp_directory_keeps_optimizer_and_objects(trained: Path, tmp_path: Path) -> None:
@@ -286,7 +334,7 @@ def test_torchrun_speaks_with_one_voice(trained: Path, tmp_path: Path) -> None:
     mapping = mapping_of(Old(), New()).save(tmp_path / "mapping.json")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "automatch", "convert-distributed"]
     arguments = [str(trained), "--mapping", str(mapping), "-o", str(tmp_path / "out"), "--max-shard-size", "3kB"]
-    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=HANG, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "30 tensors, 24,356 bytes in" in done.stdout

@@ -73,7 +73,7 @@ def load_new(rank: int, path: Path, mesh: tuple[int, ...], meta: bool) -> tuple[
             model = shard(New(), mesh)
     else:
         model = shard(new_model(), mesh)
-    report = load(model, path, mapping_of(old_model(), new_model()), timeout=20)
+    report = load(model, path, mapping_of(old_model(), new_model()), timeout=60)
     assert report.missing_keys == report.unexpected_keys == report.whole_reads == ()
     return full(get_model_state_dict(model)), report.bytes_read
 
@@ -125,11 +125,11 @@ def test_each_rank_reads_its_share_of_the_bytes(saved: dict[int, Path], tmp_path
 
 def load_folder(rank: int, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     forth = shard(new_model(), (2,))
-    load(forth, path, mapping_of(old_model(), new_model()), timeout=20)
+    load(forth, path, mapping_of(old_model(), new_model()), timeout=60)
     back_path = path.parent / "new_dcp"
     dcp.save(get_model_state_dict(forth), checkpoint_id=back_path)
     back = shard(old_model(seed=5), (2,))
-    load(back, back_path, mapping_of(new_model(), old_model(), split_back()), timeout=20)
+    load(back, back_path, mapping_of(new_model(), old_model(), split_back()), timeout=60)
     return full(get_model_state_dict(forth)), full(get_model_state_dict(back))
 
 
@@ -157,7 +157,7 @@ def load_with_a_proposal(rank: int, path: Path) -> tuple[int, dict[str, torch.Te
 
     automatch.distributed.loading.propose_mapping = propose
     model = shard(new_model(), (2,))
-    load(model, path, timeout=20)
+    load(model, path, timeout=60)
     return calls, full(get_model_state_dict(model))
 
 
@@ -207,7 +207,7 @@ def load_every_placement(rank: int, path: Path) -> dict[str, torch.Tensor]:
                 state[key] = distribute_tensor(torch.zeros(size), mesh, placement)
                 found.append(Match(key, tuple(keys), transform, decided=True))
     sides = [Side.of(spec_of_state_dict(tensors)) for tensors in (SOURCES, {k: torch.empty(v.shape) for k, v in state.items()})]
-    report = load(state, path, KeyMapping(*sides, ()).with_matches(found), timeout=20)
+    report = load(state, path, KeyMapping(*sides, ()).with_matches(found), timeout=60)
     assert report.whole_reads == ()
     return full(state)
 
@@ -242,7 +242,7 @@ def load_tied(rank: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.device("meta"):
         model = fully_shard(Tied(), mesh=init_device_mesh("cpu", (2,)))
     sides = [Side.of(spec_of_state_dict({"tokens": torch.empty(VOCABULARY, WIDTH)})), Side.of(spec_of_model(model))]
-    load(model, path, KeyMapping(*sides, ()).with_matches([Match("embed.weight", ("tokens",), decided=True)]), timeout=20)
+    load(model, path, KeyMapping(*sides, ()).with_matches([Match("embed.weight", ("tokens",), decided=True)]), timeout=60)
     assert model.head.weight is model.embed.weight
     return model.embed.weight.full_tensor().detach(), model(torch.arange(5)).detach()
 
@@ -264,7 +264,7 @@ def load_state_dict_with_odd_reshape(rank: int, path: Path, odd: Chain, log: Pat
     empty = mapping_of(old_model(), new_model(), [])
     target = Side.of(StateSpec((TensorSpec("odd", (6, 8)),)))
     mapping = replace(empty, target=target).with_matches([Match("odd", ("layers.0.query.weight",), odd, decided=True)])
-    report = load(state, path, mapping, timeout=20)
+    report = load(state, path, mapping, timeout=60)
     part = state["odd"]
     return part.to_local() if isinstance(part, DTensor) else part, [(read.key, read.nbytes) for read in report.whole_reads]
 
@@ -307,12 +307,12 @@ def train(rank: int, path: Path) -> tuple[Any, Any]:
 
     model, fresh = build()
     mapping = mapping_of(old_model(), new_model())
-    load(model, path, mapping, optimizer=fresh, timeout=20)
+    load(model, path, mapping, optimizer=fresh, timeout=60)
     loaded = get_optimizer_state_dict(model, fresh)
 
     other, other_optimizer = build()
     state = dict(zip(("model", "optim"), get_state_dict(other, other_optimizer), strict=True)) | {"epoch": 0}
-    load(state, path, mapping, timeout=20)
+    load(state, path, mapping, timeout=60)
     set_state_dict(other, other_optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     again = get_optimizer_state_dict(other, other_optimizer)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HANG = 600.0  # seconds after which a rank hangs, whatever the load of the machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -39,7 +40,7 @@ class Outcome:
     signal: int | None = None
 
 
-def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any, limit: float = 90.0) -> list[Outcome]:
+def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Outcome]:
     """Call ``function(rank, *args)`` on ``size`` ranks and say what became of each; ``folder`` holds what they leave."""
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -47,12 +48,12 @@ def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any,
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(limit)
+        rank.join(HANG)
     stuck = [i for i, rank in enumerate(ranks) if rank.is_alive()]
     for rank in ranks:
         rank.kill()
         rank.join()
-    assert not stuck, f"ranks {stuck} of {size} still ran after {limit} s"
+    assert not stuck, f"ranks {stuck} of {size} still ran after {HANG} s"
     return [_outcome(folder / f"rank{i}.pickle", rank.exitcode or 0) for i, rank in enumerate(ranks)]
 
 

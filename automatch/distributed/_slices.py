@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class _Window(io.RawIOBase):
         return count
 
 
-def stored_tensor(file: IO[bytes], offset: int, length: int, label: str) -> StoredTensor | None:
-    """Find the elements of a tensor that ``torch.save`` wrote at ``offset`` of a file; None if they are not stored plainly.
+def stored_tensor(file: int, offset: int, length: int, label: str) -> StoredTensor | None:
+    """Find the elements of a tensor that ``torch.save`` wrote at ``offset`` of an open file; None if they are not stored plainly.
 
     Raises:
         CheckpointError: there is no such tensor.
     """
-    view = io.BufferedReader(_Window(file.fileno(), offset, length), 4096)
+    view = io.BufferedReader(_Window(file, offset, length), 4096)
     try:
         with zipfile.ZipFile(view) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -90,7 +90,7 @@ def stored_tensor(file: IO[bytes], offset: int, length: int, label: str) -> Stor
     return StoredTensor(offset + start, tuple(described.shape), described.dtype, label)
 
 
-def read_slice(file: IO[bytes], stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> int:
+def read_slice(file: int, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> int:
     """Copy a slice of a stored tensor into ``target``, which has the slice's shape; dtypes may differ.
 
     Returns:
@@ -115,7 +115,7 @@ def read_slice(file: IO[bytes], stored: StoredTensor, offsets: Sequence[int], le
 
 
 def _read_rows(
-    file: IO[bytes],
+    file: int,
     stored: StoredTensor,
     index: tuple[int, ...],
     outer: int,
@@ -145,13 +145,13 @@ def _read_rows(
     return count * row
 
 
-def _read_into(file: IO[bytes], offset: int, tensor: torch.Tensor, label: str) -> None:
+def _read_into(file: int, offset: int, tensor: torch.Tensor, label: str) -> None:
     """Fill a contiguous tensor with bytes of a file; ``pread``, so that a file cut short is an error and not a signal."""
     flat: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     memory = memoryview(flat)
     done = 0
     while done < len(memory):
-        count = os.preadv(file.fileno(), [memory[done:]], offset + done)
+        count = os.preadv(file, [memory[done:]], offset + done)
         if count <= 0:
             raise CheckpointError(f"{label} is cut short: the file ends {len(memory) - done} bytes too early")
         done += count

@@ -26,6 +26,9 @@ from torch.futures import Future
 from automatch.distributed._collection import no_collection
 from automatch.distributed._slices import StoredTensor, read_slice, stored_tensor
 from automatch.errors import CheckpointError, UnsafeCheckpointError
+from automatch.readers._base import SourceFile
+from automatch.readers._entries import FileEntry
+from automatch.readers._safetensors import read_header
 
 INDEX = "model.safetensors.index.json"
 _ALLOWED = {
@@ -110,12 +113,12 @@ class DirectoryReader(FileSystemReader):
                     self._read_whole(file, info, item, planner)
                     continue
                 if found[0] is not info:
-                    found = (info, stored_tensor(file, info.offset, info.length, f"{item.storage_index.fqn!r} in {name}"))
+                    found = (info, stored_tensor(file.fileno(), info.offset, info.length, f"{item.storage_index.fqn!r} in {name}"))
                 if found[1] is None:
                     self._read_whole(file, info, item, planner)
                 else:
                     target = planner.resolve_tensor(item).detach()
-                    self.bytes_read += read_slice(file, found[1], item.storage_offsets, item.lengths, target)
+                    self.bytes_read += read_slice(file.fileno(), found[1], item.storage_offsets, item.lengths, target)
                     planner.commit_tensor(item, target)
 
     def _read_whole(self, file: IO[bytes], info: Any, item: ReadItem, planner: LoadPlanner) -> None:
@@ -155,6 +158,7 @@ class FolderReader(HuggingFaceStorageReader):
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata | None = None) -> None:
         super().__init__(str(path))
         self._metadata = metadata
+        self._headers: dict[str, dict[str, FileEntry]] = {}
         self.bytes_read = 0
 
     def read_metadata(self) -> Metadata:
@@ -171,15 +175,31 @@ class FolderReader(HuggingFaceStorageReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for, in the portions that the planner wants."""
+        """Read what the plan asks for, file by file, in the portions that the planner wants."""
         for part in _in_batches(plan, planner):
-            super().read_data(part, planner)
+            files: dict[str, list[ReadItem]] = {}
+            for item in part.items:
+                files.setdefault(Path(self.storage_data[item.storage_index].relative_path).name, []).append(item)
+            for name, items in files.items():
+                self._read_file(name, items, planner)
         return _done()
 
-    def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
-        super()._process_read_request(f, req, planner)
-        itemsize = self.storage_data[req.storage_index].dtype.itemsize
-        self.bytes_read += itemsize * torch.Size(req.lengths).numel()
+    def _read_file(self, name: str, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        root = Path(self.path)
+        file = SourceFile(root if root.is_file() else root / name)
+        try:
+            if name not in self._headers:
+                self._headers[name] = read_header(file)[0]
+            entries = self._headers[name]
+            for item in sorted(items, key=lambda item: entries[item.storage_index.fqn].offset):
+                entry = entries[item.storage_index.fqn]
+                label = f"{item.storage_index.fqn!r} in {name}"
+                stored = StoredTensor(entry.offset, entry.shape, self.storage_data[item.storage_index].dtype, label)
+                target = planner.resolve_tensor(item).detach()
+                self.bytes_read += read_slice(file.fd, stored, item.storage_offsets, item.lengths, target)
+                planner.commit_tensor(item, target)
+        finally:
+            file.close()
 
 
 class _Listing:

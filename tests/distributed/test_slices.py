@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from worlds import save_alone
 
 import automatch.distributed._slices as slices
+import automatch.distributed.storage
 from automatch.distributed import load
 from automatch.distributed.storage import DirectoryReader, FolderReader, identity, open_reader
 from automatch.errors import AutomatchError, CheckpointError, UnsafeCheckpointError
@@ -53,9 +54,9 @@ def test_a_slice_is_what_indexing_gives(box: Any, dtype: torch.dtype, strided: b
         file.write(b"after")
         patch.setattr(slices, "_SMALLEST_RUN", 4096 if long_runs else 1)
         patch.setattr(slices, "_BLOCK", 8)
-        stored = slices.stored_tensor(file, 6, len(buffer.getvalue()), "it")
+        stored = slices.stored_tensor(file.fileno(), 6, len(buffer.getvalue()), "it")
         assert stored is not None
-        slices.read_slice(file, stored, starts, lengths, target)
+        slices.read_slice(file.fileno(), stored, starts, lengths, target)
     assert torch.equal(target, whole[place])
 
 
@@ -168,6 +169,22 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(CheckpointError, match="is damaged"):
         open_reader(tmp_path).read_metadata()
+
+
+def test_a_safetensors_file_cut_short_under_the_reader_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    state = {"a": torch.randn(100, 100), "b": torch.randn(100, 100)}
+    save_file(state, file)
+
+    def cutting_read(*args: Any) -> int:
+        os.truncate(file, file.stat().st_size // 2)
+        return slices.read_slice(*args)
+
+    monkeypatch.setattr(automatch.distributed.storage, "read_slice", cutting_read)
+    got = {key: torch.zeros(100, 100) for key in state}
+    with pytest.raises(CheckpointError, match=r"in model\.safetensors is cut short"):
+        load(got, file, mapping_from(state, got))
+    assert not any(value.any() for value in got.values())
 
 
 def test_identity_changes_with_the_checkpoint(saved: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from automatch.explain._causes import Cause, of_buffers, of_leftovers, of_matched, of_mismatched, of_renamed, of_statistics
+from automatch.explain._causes import Cause, of_buffers, of_container, of_leftovers, of_matched, of_renamed, of_statistics, of_wrapped
 from automatch.explain._pairs import explains, find_renamed, is_buffer, is_statistic, jumps
 from automatch.explain._parse import Mismatch, ParsedError, parse_error
+from automatch.explain._sizes import of_mismatched
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.matching import propose_mapping
 from automatch.specs import StateSpec, TensorSpec
@@ -66,6 +67,10 @@ def explain(text: str) -> Explanation:
     if not parsed:
         cause = Cause("unknown", "Cannot tell: the text names no missing, unexpected or mismatched keys. Paste the whole message.")
         return Explanation((cause,), _mapping(parsed, []), "", parsed)
+    whole = of_container(parsed.unexpected) or ([] if parsed.missing else of_wrapped(parsed.unexpected, parsed.model))
+    if whole:
+        causes = [*whole, *of_mismatched(parsed.mismatched)]
+        return Explanation(tuple(causes), _mapping(parsed, []), _code(causes), parsed)
     renamed = find_renamed(parsed.unexpected, parsed.missing)
     causes = [of_renamed(found, parsed.missing) for found in renamed]
     used = {key for found in renamed for pair in found.pairs for key in pair}
@@ -91,7 +96,8 @@ def explain(text: str) -> Explanation:
     causes += of_mismatched(parsed.mismatched)
     rest = of_leftovers(missing, unexpected, certain=_is_certain(parsed, missing, unexpected))
     explained = sum(len(found.pairs) for found in renamed) + len(matched)
-    causes = [*rest, *causes] if len(missing) + len(unexpected) > explained else [*causes, *rest]
+    open_sizes = bool(parsed.mismatched) and any(cause.kind == "unknown" for cause in rest)  # shapes that are shown say more
+    causes = [*rest, *causes] if len(missing) + len(unexpected) > explained and not open_sizes else [*causes, *rest]
     pairs = tuple((found.kind, *pair) for found in renamed if not (found.kind == "shift" and jumps(found)) for pair in found.pairs)
     pairs += tuple(("matched", source, target) for target, source in matched.items())
     return Explanation(tuple(causes), _mapping(parsed, pairs), _code(causes), parsed, pairs)
@@ -105,7 +111,7 @@ def _matched(parsed: ParsedError, missing: Sequence[str], unexpected: Sequence[s
     if not missing or not unexpected or parsed.missing_cut or parsed.unexpected_cut or max(len(missing), len(unexpected)) > _LIMIT:
         return {}
     source, target = (StateSpec(tuple(TensorSpec(key, _UNKNOWN) for key in keys)) for keys in (unexpected, missing))
-    matches = propose_mapping(target, source).confident(0.8).matches
+    matches = propose_mapping(target, source).confident().matches
     found = {match.target: match.sources[0] for match in matches if len(match.sources) == 1 and isinstance(match.transform, Copy)}
     return found if 2 * len(found) > min(len(missing), len(unexpected)) else {}
 

@@ -7,17 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from automatch.explain._pairs import WRAPPERS, Renamed, jumps
-from automatch.explain._parse import Mismatch
+from automatch.explain._pairs import CONTAINERS, WRAPPERS, Renamed, jumps
 from automatch.export import _text
 from automatch.export._script import function
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.specs import StateSpec, TensorSpec
 
 Kind = Literal[
-    "wrapper", "prefix", "renamed", "shift", "buffers", "classes", "vocabulary", "positions", "size", "architecture", "extra", "unknown"
+    "container",
+    "wrapper",
+    "prefix",
+    "renamed",
+    "shift",
+    "buffers",
+    "partitioned",
+    "classes",
+    "vocabulary",
+    "positions",
+    "size",
+    "architecture",
+    "extra",
+    "unknown",
 ]
 _SHOWN = 6
+_WRAPPING = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 _OWN = "own = model.state_dict()"
 
 
@@ -46,6 +59,26 @@ def listed(keys: Sequence[str]) -> str:
 
 def _number(keys: Sequence[object]) -> str:
     return "1 key" if len(keys) == 1 else f"{len(keys)} keys"
+
+
+def of_container(unexpected: Sequence[str]) -> list[Cause]:
+    """The whole checkpoint where the state_dict inside it belongs: nothing that it holds has the name of a tensor."""
+    inner = [key for key in unexpected if key in CONTAINERS]
+    if not inner or any("." in key for key in unexpected):
+        return []
+    text = (
+        f"The whole checkpoint was given, not the state_dict inside it: {listed(unexpected)} are what a training script saves. "
+        f"The tensors are under {' or '.join(map(repr, inner))}."
+    )
+    return [Cause("container", text, tuple(unexpected), (f"state_dict = checkpoint[{_text.quote(inner[0])}]",))]
+
+
+def of_wrapped(unexpected: Sequence[str], model: str) -> list[Cause]:
+    """A wrapper before all keys of the checkpoint, where the text does not show the model's."""
+    prefix = _wrapped(unexpected)
+    if not prefix or model in _WRAPPING:
+        return []
+    return [_wrapper(Renamed("wrapper", prefix, "", ()), tuple(unexpected), ())]
 
 
 def of_renamed(found: Renamed, missing: Sequence[str]) -> Cause:
@@ -100,11 +133,11 @@ def _wrapper(found: Renamed, keys: tuple[str, ...], missing: Sequence[str]) -> C
     return Cause("wrapper", text, keys, _rename(f"{_text.quote(before)} + {bare}" if before else bare))
 
 
-def _wrapped(missing: Sequence[str]) -> str:
-    """The wrappers around the whole model: what all missing keys begin with, e.g. ``"module."``."""
+def _wrapped(keys: Sequence[str]) -> str:
+    """The wrappers around the whole model: what all its keys begin with, e.g. ``"module."``."""
     before = ""
-    for segment in missing[0].split(".") if missing else ():
-        if segment not in WRAPPERS or not all(key.startswith(f"{before}{segment}.") for key in missing):
+    for segment in keys[0].split(".") if keys else ():
+        if segment not in WRAPPERS or not all(key.startswith(f"{before}{segment}.") for key in keys):
             break
         before += f"{segment}."
     return before
@@ -205,49 +238,6 @@ def of_statistics(unexpected: Sequence[str]) -> list[Cause]:
     return [Cause("buffers", text, tuple(unexpected), _drop("('running_mean', 'running_var')"))] if unexpected else []
 
 
-_HEAD = re.compile(r"head|classif|(^|\.)fc\d*\.|(^|\.)out(put)?\.|logit|cls|score|linear|last_layer|bbox|(^|\.)predict", re.IGNORECASE)
-_VOCABULARY = re.compile(
-    r"embed_tokens|word_embed|tok(en)?_embed|(^|\.)wte\.|lm_head|shared\.weight|embed_in|vocab|embedding\.weight", re.IGNORECASE
-)
-_POSITIONS = re.compile(r"pos(ition)?_?(al)?_?(embed|enc)|(^|\.)wpe\.|relative_position|abs_pos", re.IGNORECASE)
-
-
-def of_mismatched(mismatched: Sequence[Mismatch]) -> list[Cause]:
-    """Why shapes differ, as far as name and shape say."""
-    groups: dict[Kind, list[Mismatch]] = {}
-    for mismatch in mismatched:
-        groups.setdefault(_mismatch_kind(mismatch), []).append(mismatch)
-    if "size" in groups and len(groups["size"]) > 1:  # with other widths inside, the head says nothing of its own
-        groups = {"size": list(mismatched)}
-    return [_resized(kind, group) for kind, group in groups.items()]
-
-
-def _mismatch_kind(mismatch: Mismatch) -> Kind:
-    if _POSITIONS.search(mismatch.key):
-        return "positions"
-    first_only = len(mismatch.source) == len(mismatch.target) and mismatch.source[1:] == mismatch.target[1:]
-    if first_only and _VOCABULARY.search(mismatch.key):
-        return "vocabulary"
-    return "classes" if first_only and _HEAD.search(mismatch.key) else "size"
-
-
-def _resized(kind: Kind, group: Sequence[Mismatch]) -> Cause:
-    keys = tuple(mismatch.key for mismatch in group)
-    shapes = "; ".join(f"{m.key!r} is {list(m.source)} in the checkpoint, {list(m.target)} in the model" for m in group[:3])
-    first = group[0]
-    source, target = (shape[0] if shape else 1 for shape in (first.source, first.target))
-    text = {
-        "classes": f"Another number of classes: {source} in the checkpoint, {target} in the model. The classifier has to be trained again.",
-        "vocabulary": f"Another vocabulary: {source} tokens in the checkpoint, {target} in the model.",
-        "positions": "Another number of positions (input size, context length); automatch.load(..., adapt=...) can interpolate the table.",
-    }.get(kind, "Layers of another size: the model was built with other settings (width, kernel, channels) than the checkpoint's.")
-    code = (
-        f"for key in {list(keys)!r}:",
-        "    del state_dict[key]  # keeps its initial values: train it again, and load with strict=False",
-    )
-    return Cause(kind, f"{text} {shapes}.", keys, () if kind == "size" else code)
-
-
 def of_leftovers(missing: Sequence[str], unexpected: Sequence[str], *, certain: bool) -> list[Cause]:
     """What is to be said of keys that nothing explains.
 
@@ -256,6 +246,9 @@ def of_leftovers(missing: Sequence[str], unexpected: Sequence[str], *, certain: 
         unexpected: keys of the checkpoint without one.
         certain: whether the lists show that they cannot all be renamed to one another.
     """
+    if missing and not unexpected and not certain:
+        text = f"Cannot tell: the model needs {listed(missing)}, and the text breaks off before it shows what the checkpoint holds instead."
+        return [Cause("unknown", text, tuple(missing))]
     if missing and unexpected and not certain:
         text = (
             f"Cannot tell from names alone which of {listed(unexpected)} is which of {listed(missing)}. "

@@ -20,6 +20,10 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
+# Under what names training scripts keep a state_dict beside epoch, optimizer and arguments.
+CONTAINERS = frozenset(
+    ("state_dict", "model_state_dict", "model", "net", "network", "generator", "ema", "model_ema", "ema_state_dict", "params", "params_ema")
+)
 BUFFERS = (
     "num_batches_tracked",
     "position_ids",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from automatch.explain._clean import clean, unwrap
+from automatch.explain._pairs import CONTAINERS
 
 Shape = tuple[int, ...]
 
@@ -62,7 +63,8 @@ _MISMATCHES = (
     (rf"(?<!\S){_NAME} \| MISMATCH \|[^\[|]{{0,99}}ckpt: {_SIZE} vs model: ?{_SIZE}", (2, 3)),
     # diffusers, then detectron2
     (rf"because {_NAME} expected shape{_WORDS}{_SIZE},? but got {_SIZE}", (3, 2)),
-    (rf"loading parameter {_NAME} to the model due to incompatible shapes: ?{_SIZE}{_WORDS}checkpoint but {_SIZE}", (2, 3)),
+    (rf"(?<!\S){_NAME} to the model due to incompatible shapes: ?{_SIZE}{_WORDS}checkpoint but {_SIZE}", (2, 3)),
+    (rf"(?<!\S){_NAME} has shape {_SIZE} in the checkpoint but {_SIZE} in the model", (2, 3)),
 )
 _MISSING, _UNEXPECTED, _OTHER = "missing", "unexpected", ""
 _LIST = r"[\s_](?:adapter )?keys?(?:\s?\(s\))?(?:\s{1,20}[\w-]{1,30}){0,8}?\s{0,20}[:=(]"
@@ -70,6 +72,8 @@ _LIST = r"[\s_](?:adapter )?keys?(?:\s?\(s\))?(?:\s{1,20}[\w-]{1,30}){0,8}?\s{0,
 _HEADINGS = (
     (_MISSING, rf"missing{_LIST}"),
     (_UNEXPECTED, rf"unexpected{_LIST}"),
+    (_MISSING, r"\bmissing: ?(?=\[)"),
+    (_UNEXPECTED, r"\bunexpected: ?(?=\[)"),
     (_MISSING, r"keys that are in the model state dict but not in the checkpoint:"),
     (_UNEXPECTED, r"keys that are not in the model state dict but in the checkpoint:"),
     (_MISSING, r"following keys are missing:"),
@@ -96,6 +100,7 @@ _BRACED = re.compile(r"(?:^|(?<=\s))([^\s,{}|]*\{[^{}\n]{1,2000}\}[^\s,|]*|[^\s,
 _ELIDED = re.compile(r"[\s,]*(?:\.\.\.|…|\[\.\.\.\.?\]|\[…\]|<truncated>|(?:and )?\d+ (?:more|others))")
 _BETWEEN = re.compile(r"(\s{0,1000}(?:,\s{0,1000})?)")
 _OLD = re.compile(r"(missing|unexpected) keys? (?:in state_dict: )?[\"']?(\{[^{}]*\}|[\w.]+)[\"']?(?: in state_dict)?", re.IGNORECASE)
+_ONE_SIDED = re.compile(r"following\s{1,99}keys\s{1,99}are\s{1,99}missing:")  # diffusers does not say what it found instead
 _MOST_KEYS = 50_000
 _LONGEST_KEY = 500
 
@@ -126,6 +131,9 @@ def _read(text: str) -> ParsedError:
         for match in _OLD.finditer(text):
             names = re.findall(r"[\w.]+", match[2])
             found[match[1].lower()].update(dict.fromkeys(sorted(names)) if "." in match[2] else {})
+        cut = dict.fromkeys(cut, any(found.values()))  # PyTorch 0.3 stopped at the first key
+    if not found[_UNEXPECTED] and (cut[_MISSING] or _ONE_SIDED.search(text)):
+        cut[_UNEXPECTED] = True
     named = _MODEL.search(text)
     model = next((group for group in named.groups() if group), "") if named else ""
     mismatched = tuple(_mismatches(text))
@@ -149,7 +157,8 @@ def _keys_of(section: str, last: bool) -> tuple[list[str], bool]:
         return _quoted(section, quote.start(), last)
     lines = section.lstrip().split("\n")
     keys, is_cut = _plain_lines(lines) if _is_one_per_line(section, lines) else _plain(section, last)
-    return [key for key in _unfolded(keys) if "." in key or len(keys) == 1 or "_" in key], is_cut
+    certain = len(keys) == 1 or not CONTAINERS.isdisjoint(keys)
+    return [key for key in _unfolded(keys) if certain or "." in key or "_" in key], is_cut
 
 
 def _quoted(section: str, at: int, last: bool) -> tuple[list[str], bool]:

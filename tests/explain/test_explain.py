@@ -211,12 +211,87 @@ def test_size_mismatches(text: str) -> None:
     [
         ("model.embed_tokens.weight", (32000, 8), (32001, 8), "vocabulary"),
         ("vit.pos_embed", (1, 197, 8), (1, 577, 8), "positions"),
+        ("text.emb.weight", (35, 8), (50, 8), "vocabulary"),
+        ("decoder.embed_positions.weight", (302, 8), (258, 8), "positions"),
+        ("blocks.0.attn.rel_pos_h", (127, 8), (63, 8), "positions"),
+        ("pos_embed", (1, 197, 768), (1, 197, 1024), "size"),
+        ("embed_tokens.weight", (32000, 8), (32000, 16), "size"),
         ("stem.conv.weight", (8, 3, 3, 3), (8, 1, 3, 3), "size"),
+        ("layers.0.k_proj.weight", (0,), (8, 8), "partitioned"),
+        ("layers.0.k_proj.weight", (8, 8), (0,), "partitioned"),
     ],
 )
 def test_resized_layers(key: str, source: tuple[int, ...], target: tuple[int, ...], kind: str) -> None:
     shapes = f"torch.Size({list(source)}) from checkpoint, the shape in current model is torch.Size({list(target)})"
     assert kinds(explain(f"size mismatch for {key}: copying a param with shape {shapes}.")) == [kind]
+
+
+def mismatches(*rows: tuple[str, tuple[int, ...], tuple[int, ...]]) -> str:
+    return "\n".join(
+        f"size mismatch for {key}: copying a param with shape torch.Size({list(source)}) from checkpoint, "
+        f"the shape in current model is torch.Size({list(target)})."
+        for key, source, target in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "causes"),
+    [
+        ([("encoder.embed_tokens.weight", (99, 8), (50, 8)), ("projection.weight", (99, 8), (50, 8)), ("projection.bias", (99,), (50,))],
+         ["vocabulary"]),
+        ([("embed.weight", (99, 8), (50, 8)), ("pos_embed", (1, 5, 8), (1, 9, 8)), ("score.weight", (4, 8), (2, 8))],
+         ["vocabulary", "positions", "classes"]),
+        ([("embed.weight", (99, 8), (99, 16)), ("head.weight", (4, 8), (4, 16))], ["size"]),
+        ([("layers.0.fc1.weight", (1,), (8, 8)), ("layers.0.fc1.bias", (1,), (8,))], ["partitioned"]),
+        ([("h.0.attn.lora_A.default.weight", (32, 8), (16, 8)), ("h.0.attn.lora_B.default.weight", (8, 32), (8, 16))], ["size"]),
+    ],
+    ids=["output layer", "three causes", "width", "one element left", "adapter"],
+)  # fmt: skip
+def test_several_resized_layers(rows: list[tuple[str, tuple[int, ...], tuple[int, ...]]], causes: list[str]) -> None:
+    assert kinds(explain(mismatches(*rows))) == causes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Unexpected key(s) in state_dict: "epoch", "global_step", "state_dict", "loops", "optimizer_states". ',
+        'Missing key(s) in state_dict: "a.weight". \n\tUnexpected key(s) in state_dict: "state_dict". ',
+        "unexpected key in source state_dict: epoch, state_dict, optimizer, args\n\nmissing keys in source state_dict: a.weight, a.bias\n",
+    ],
+)
+def test_a_whole_checkpoint_in_place_of_the_state_dict(text: str) -> None:
+    explanation = explain(text)
+    assert kinds(explanation) == ["container"]
+    assert 'state_dict = checkpoint["state_dict"]' in explanation.code
+
+
+def test_pasted_code_takes_the_state_dict_out_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, model = Net().state_dict(), Net()
+    whole = {"model": state, "epoch": 3, "optimizer": {}}
+    code = explain(failing(model, whole)).code
+    monkeypatch.chdir(tmp_path)
+    torch.save(whole, "checkpoint.ckpt")
+    exec(compile(code, "pasted", "exec"), {"model": model})
+    assert_loaded(model, state)
+
+
+def test_a_wrapper_is_seen_where_only_one_side_is_shown() -> None:
+    assert kinds(explain('unexpected key "module.a.weight" in state_dict')) == ["wrapper"]
+    assert kinds(explain('Error(s) in loading state_dict for Net:\n\tUnexpected key(s) in state_dict: "_orig_mod.a.weight", ...')) == [
+        "wrapper"
+    ]
+    extra = 'Error(s) in loading state_dict for DataParallel:\n\tUnexpected key(s) in state_dict: "module.fc.weight". '
+    assert kinds(explain(extra)) == ["extra"]
+
+
+def test_a_text_that_breaks_off_before_the_checkpoints_keys_is_not_called_another_architecture() -> None:
+    for text in (
+        'Missing key(s) in state_dict: "module.a.weight", "module.b.weight"...',
+        "Cannot load <class 'M'> from x because the following keys are missing: \n a.weight, b.weight. \n Please make sure to",
+    ):
+        assert kinds(explain(text)) == ["unknown"]
+    shown = 'Missing key(s) in state_dict: "layer.12.weight", \n...\n\t' + mismatches(("token", (1, 768), (1, 1024)))
+    assert kinds(explain(shown)) == ["size", "unknown"]
 
 
 def test_what_the_text_does_not_tell_is_said() -> None:

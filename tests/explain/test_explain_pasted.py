@@ -122,6 +122,7 @@ LISTS = {
         "unexpected key in source state_dict: body.0.weight, body.0.bias\n\nmissing keys in source state_dict: net.0.weight, net.0.bias\n"
         "05/01 12:00:01 - mmengine - INFO - Load checkpoint from work_dirs/epoch_1.pth, then a.b\n"
     ),
+    "bare": "CLIPModel Missing: ['net.0.weight', 'net.0.bias']\nCLIPModel Unexpected: ['body.0.weight', 'body.0.bias']\n",
     "transformers 5, logged and coloured": (
         "12:00:00 INFO [transformers] \x1b[1mM LOAD REPORT\x1b[0m from: x\nKey | Status | \n---+---+-\nnet.0.{weight, bias} | "
         "\x1b[38;5;208mMISSING\x1b[0m | \nbody.0.weight | UNEXPECTED | \nbody.0.bias | UNEXPECTED | \n\nNotes:\n- UNEXPECTED: x\n"
@@ -142,11 +143,13 @@ def test_lists_of_other_libraries(library: str) -> None:
         "Cannot load x because head.weight expected shape torch.Size([3, 4]), but got torch.Size([10, 4]). If you want to",
         "Cannot load x because head.weight expected shape tensor(..., device='meta', size=(3, 4)), but got torch.Size([10, 4]).",
         "Skip loading parameter 'head.weight' to the model due to incompatible shapes: (10, 4) in the checkpoint but (3, 4) in the model!",
+        "Unable to load 'head.weight' to the model due to incompatible shapes: (10, 4) in the checkpoint but (3, 4) in the model!",
+        "'head.weight' has shape (10, 4) in the checkpoint but (3, 4) in the model! Skipped.",
         "ValueError: Size mismatch between saved torch.Size([10, 4]) and current: torch.Size([3, 4]) for head.weight",
         "size mismatch for head.weight: copying a param with\n        shape torch.Size([10, \n4]) from checkpoint, the shape in\ncurrent "
         "model is torch.Size([3, 4]).",
     ],
-    ids=["diffusers", "diffusers old", "detectron2", "torch.distributed.checkpoint", "wrapped"],
+    ids=["diffusers", "diffusers old", "detectron2", "detectron2 0.1", "fvcore", "torch.distributed.checkpoint", "wrapped"],
 )
 def test_size_mismatches_of_other_libraries(text: str) -> None:
     (mismatch,) = parse_error(text).mismatched

@@ -7,7 +7,7 @@ mismatches of keys that both have; whole, and cut off after 600 characters of ea
 are compared with the truth, per kind of change; a pair of keys that the truth maps by a transform counts as wrong.
 
 The real messages are those of public issue threads in ``tests/data/messages``; an answer is right if it pairs the keys that
-belong together and no others, and if its main cause is the one that the thread ended with (`MAIN`).
+belong together and no others, and if the cause that the thread ended with (`MAIN`) is among those it gives.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from automatch.explain._causes import Cause, of_buffers, of_container, of_leftovers, of_matched, of_renamed, of_statistics, of_wrapped
-from automatch.explain._pairs import explains, find_renamed, is_buffer, is_statistic, jumps
+from automatch.explain._pairs import Renamed, explains, find_renamed, is_buffer, is_statistic, jumps
 from automatch.explain._parse import Mismatch, ParsedError, parse_error
 from automatch.explain._sizes import of_mismatched
 from automatch.mapping import KeyMapping, Match, Side
@@ -72,22 +72,8 @@ def explain(text: str) -> Explanation:
         causes = [*whole, *of_mismatched(parsed.mismatched)]
         return Explanation(tuple(causes), _mapping(parsed, []), _code(causes), parsed)
     renamed = find_renamed(parsed.unexpected, parsed.missing)
-    causes = [of_renamed(found, parsed.missing) for found in renamed]
-    used = {key for found in renamed for pair in found.pairs for key in pair}
-    missing = [key for key in parsed.missing if key not in used]
-    modules = {key.rpartition(".")[0] for found in renamed for key, _ in found.pairs}  # BatchNorm does not report its counter as missing
-    counters = {key for key in parsed.unexpected if key.endswith(".num_batches_tracked") and key.rpartition(".")[0] in modules}
-    unexpected = [key for key in parsed.unexpected if key not in used and key not in counters]
-    if parsed.unexpected_cut:  # what is no longer shown is explained by the same changes
-        missing = [key for key in missing if not any(explains(found, key) for found in renamed)]
-    if parsed.missing_cut and any(found.kind in ("wrapper", "prefix") for found in renamed):
-        unexpected = []
-    causes += of_buffers([key for key in unexpected if is_buffer(key)], [key for key in missing if is_buffer(key)])
-    missing, unexpected = ([key for key in keys if not is_buffer(key)] for keys in (missing, unexpected))
-    modules = {key.rpartition(".")[0] for key in (*missing, *unexpected) if not is_statistic(key)}
-    statistics = [key for key in unexpected if is_statistic(key) and key.rpartition(".")[0] not in modules]
-    unexpected = [key for key in unexpected if key not in set(statistics)]
-    causes += of_statistics(statistics)
+    missing, unexpected, harmless = _without_harmless(*_unexplained(parsed, renamed))
+    causes = [*(of_renamed(found, parsed.missing) for found in renamed), *harmless]
     matched = _matched(parsed, missing, unexpected)
     if matched:
         causes.append(of_matched(matched))
@@ -101,6 +87,29 @@ def explain(text: str) -> Explanation:
     pairs = tuple((found.kind, *pair) for found in renamed if not (found.kind == "shift" and jumps(found)) for pair in found.pairs)
     pairs += tuple(("matched", source, target) for target, source in matched.items())
     return Explanation(tuple(causes), _mapping(parsed, pairs), _code(causes), parsed, pairs)
+
+
+def _unexplained(parsed: ParsedError, renamed: Sequence[Renamed]) -> tuple[list[str], list[str]]:
+    """The missing and the unexpected keys that no simple change explains."""
+    used = {key for found in renamed for pair in found.pairs for key in pair}
+    missing = [key for key in parsed.missing if key not in used]
+    modules = {key.rpartition(".")[0] for found in renamed for key, _ in found.pairs}  # BatchNorm does not report its counter as missing
+    counters = {key for key in parsed.unexpected if key.endswith(".num_batches_tracked") and key.rpartition(".")[0] in modules}
+    unexpected = [key for key in parsed.unexpected if key not in used and key not in counters]
+    if parsed.unexpected_cut:  # what is no longer shown is explained by the same changes
+        missing = [key for key in missing if not any(explains(found, key) for found in renamed)]
+    if parsed.missing_cut and any(found.kind in ("wrapper", "prefix") for found in renamed):
+        unexpected = []
+    return missing, unexpected
+
+
+def _without_harmless(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[list[str], list[str], list[Cause]]:
+    """The keys that matter, and what is to be said of buffers and of statistics without a module of their own."""
+    causes = of_buffers([key for key in unexpected if is_buffer(key)], [key for key in missing if is_buffer(key)])
+    missing, unexpected = ([key for key in keys if not is_buffer(key)] for keys in (missing, unexpected))
+    modules = {key.rpartition(".")[0] for key in (*missing, *unexpected) if not is_statistic(key)}
+    statistics = [key for key in unexpected if is_statistic(key) and key.rpartition(".")[0] not in modules]
+    return missing, [key for key in unexpected if key not in set(statistics)], [*causes, *of_statistics(statistics)]
 
 
 def _matched(parsed: ParsedError, missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from automatch.engine.items import canonical
+from automatch.engine.items import Item, Shape, canonical
 from automatch.keys import natural_order, segments_of, template_of
 
-Shape = tuple[int, ...]
 Coordinates = tuple[int, ...]
 Place = tuple[str, Coordinates, tuple[int, ...]]  # column, coordinates, dimensions
 KEEP = 2  # members kept at either end of a class
@@ -32,21 +31,21 @@ class _Node:
 
 
 class Columns:
-    """Columns and coordinates of a list of keys with shapes."""
+    """Columns and coordinates of the keys of a list of items."""
 
-    def __init__(self, keys: Sequence[str], shapes: Sequence[Shape]) -> None:
-        self._n = len(keys)
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._n = len(items)
         self._root = _Node()
-        for i, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
+        for i, item in enumerate(items):
             node = self._root
-            for segment in segments_of(key):
+            for segment in segments_of(item.key):
                 if node.children is None:
                     node.children = {}
                 child = node.children.get(segment)
                 if child is None:
                     child = node.children[segment] = _Node()
                 node = child
-            node.shape, node.keys = shape, (*node.keys, i)
+            node.shape, node.keys = item.shape, (*node.keys, i)
         _sign(self._root)
         self._ranks: dict[int, tuple[int, int, str]] = {}  # child id -> (rank, size of its class, name of the class)
         self._find_classes()
@@ -103,6 +102,18 @@ class Columns:
                 else:
                     stack.append((child, (f"{column}{rank[2]}/", (*coordinates, rank[0]), (*dims, rank[1]))))
         return result
+
+
+class ColumnsOf:
+    """The columns of lists of items, each worked out once: most steps leave a list as it is."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Sequence[Item], Columns]] = {}  # the list is held so that its id stays its own
+
+    def __call__(self, items: Sequence[Item]) -> Columns:
+        if id(items) not in self._known:
+            self._known[id(items)] = (items, Columns(items))
+        return self._known[id(items)][1]
 
 
 def _sign(root: _Node) -> None:

@@ -170,9 +170,10 @@ def _is_unsure(fed: Fed) -> bool:
 
 
 def _order_unsaid(fed: Fed) -> bool:
+    if not isinstance(fed.transform, Concat) or len(fed.sources) != 2:
+        return False
     words = fed.target.lower()
-    said = any(word in words for word in ("gate", "kv", "w13", "w12", "qkv", "key_value"))
-    return isinstance(fed.transform, Concat) and len(fed.sources) == 2 and not said
+    return not any(word in words for word in ("gate", "kv", "w13", "w12", "qkv", "key_value"))
 
 
 class _Evidences:

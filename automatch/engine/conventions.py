@@ -61,12 +61,13 @@ def words_in_order(side: Side, i: int) -> tuple[str, ...]:
     words: list[str] = []
     for depth, segment in enumerate(side.segments[i]):
         loop = depth + 1 < len(side.paths[i]) and side.paths[i][depth + 1] in side.loop_nodes
-        words.extend(_segment_words(segment, loop))
+        words.extend(segment_words(segment, loop=loop))
     return tuple(words)
 
 
 @lru_cache(maxsize=1 << 14)
-def _segment_words(segment: str, loop: bool) -> tuple[str, ...]:
+def segment_words(segment: str, *, loop: bool) -> tuple[str, ...]:
+    """The words of one segment; the number of a loop (a list of repeated modules) is left out, others are glued to their word."""
     words: list[str] = []
     for piece in pieces_of(segment):
         if isinstance(piece, str):

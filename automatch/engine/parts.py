@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from automatch.engine.columns import Columns
+from automatch.engine.columns import ColumnsOf
 from automatch.engine.items import Item, Shape, Slot, canonical
 from automatch.keys import pieces_of, segments_of, template_of
 from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, chain
@@ -21,10 +21,11 @@ PARTS = {3: ("q", "k", "v"), 2: ("k", "v")}
 GATED = ("gate", "up")
 
 
-def with_virtual_items(source: Sequence[Item], target: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+def with_virtual_items(source: Sequence[Item], target: Sequence[Item], columns: ColumnsOf) -> tuple[list[Item], list[Item]]:
     """Both sides with their axes merged, repetitions stacked and fused tensors split where the other side asks for it."""
     source, target = merge_axes(source, target, is_target=False), merge_axes(target, source, is_target=True)
-    source, target = stack_repeats(source, target, is_target=False), stack_repeats(target, source, is_target=True)
+    source = stack_repeats(source, target, columns, is_target=False)
+    target = stack_repeats(target, source, columns, is_target=True)
     return split_fused(source, target, is_target=False), split_fused(target, source, is_target=True)
 
 
@@ -59,13 +60,13 @@ def _merged(shape: Shape) -> list[Shape]:
 # ---- repetitions -------------------------------------------------------------------------------------------
 
 
-def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
+def stack_repeats(items: list[Item], others: list[Item], columns: ColumnsOf, *, is_target: bool) -> list[Item]:
     """Stack tensors of numbered siblings (experts) that the other side holds as one tensor."""
     mine, theirs = Counter(canonical(item.shape) for item in items), Counter(canonical(item.shape) for item in others)
     if all(2 * theirs[shape] > count for shape, count in mine.items()):
-        return list(items)
-    places = Columns([i.key for i in items], [i.shape for i in items]).place()
-    other_places = Columns([i.key for i in others], [i.shape for i in others]).place() if any(dims for _, _, dims in places) else []
+        return items
+    places = columns(items).place()
+    other_places = columns(others).place() if any(dims for _, _, dims in places) else []
     repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=False) if place[2]}
     shapes = Counter(item.shape for item in others)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
@@ -90,7 +91,7 @@ def stack_repeats(items: Sequence[Item], others: Sequence[Item], *, is_target: b
         if whole is not None:
             stacked[members[0]] = _stack([items[i] for i in members], whole, is_target)
             dropped.update(members[1:])
-    return [stacked.get(i, item) for i, item in enumerate(items) if i not in dropped]
+    return [stacked.get(i, item) for i, item in enumerate(items) if i not in dropped] if stacked else items
 
 
 def _numbered(key: str, column: str) -> bool:
@@ -148,7 +149,7 @@ def _without_index(members: Sequence[Item]) -> str:
 # ---- fused tensors -----------------------------------------------------------------------------------------
 
 
-def split_fused(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
+def split_fused(items: list[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
     """Split tensors that the other side lacks into parts that the other side has in surplus."""
     mine = Counter(canonical(item.shape) for item in items)
     theirs = Counter(canonical(item.shape) for item in others)
@@ -165,6 +166,8 @@ def split_fused(items: Sequence[Item], others: Sequence[Item], *, is_target: boo
         plan = _plan(items[members[0]].key, shape, len(members), mine, theirs, have=bool(theirs[canonical(shape)]), pairs=pairs)
         if plan:
             plans.update(dict.fromkeys(members, plan))
+    if not plans:
+        return items
     plans.update(_biases(items, plans))
     result: list[Item] = []
     for i, item in enumerate(items):

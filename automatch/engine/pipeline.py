@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from automatch.engine.assemble import Fed, assemble
+from automatch.engine.columns import ColumnsOf
 from automatch.engine.items import Item, items_of
 from automatch.engine.mirror import keep_directions
 from automatch.engine.parts import with_virtual_items
@@ -70,8 +71,10 @@ def run_stages(
 ) -> Outcome:
     """Match two specs, leaving out keys that are decided already; what they decided (`agreed` templates) holds for their like."""
     aliases = [t.key for t in target if t.alias_of is not None and t.alias_of in target]
-    source_items, target_items = with_virtual_items(items_of(source, without_sources), items_of(target, [*without_targets, *aliases]))
-    reduction = reduce_repeats(source_items, target_items, exhaustive=exhaustive)
+    columns = ColumnsOf()
+    items = items_of(source, without_sources), items_of(target, [*without_targets, *aliases])
+    source_items, target_items = with_virtual_items(*items, columns)
+    reduction = reduce_repeats(source_items, target_items, columns, exhaustive=exhaustive)
     kept = [source_items[i] for i in reduction.source_kept], [target_items[j] for j in reduction.target_kept]
     left, right = _sides(kept, (_order_of(source), _order_of(target)), tables.precedence)
     solution = solve(left, right, tables.lexicon, weights)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from automatch.engine.columns import Columns, Place, is_kept
+from automatch.engine.columns import ColumnsOf, Place, is_kept
 from automatch.engine.items import Item, Shape
 
 ALIKE = 0.6  # of the shapes of two members that may stand for one another
@@ -22,12 +22,12 @@ class Reduction:
     target_places: list[Place]
 
 
-def reduce_repeats(source: Sequence[Item], target: Sequence[Item], *, exhaustive: bool = False) -> Reduction:
+def reduce_repeats(source: Sequence[Item], target: Sequence[Item], columns: ColumnsOf, *, exhaustive: bool = False) -> Reduction:
     """Leave out the inner members of long classes that both sides have in the same length and with mostly the same shapes.
 
     A list of layers beside an equally long list of pairs of layers is solved member by member.
     """
-    sides = [Columns([i.key for i in items], [i.shape for i in items]) for items in (source, target)]
+    sides = [columns(items) for items in (source, target)]
     one, two = ({}, {}) if exhaustive else (side.long_classes() for side in sides)
     sizes = {size for size in one.keys() & two.keys() if any(_alike(a, b) for a in one[size] for b in two[size])}
     places = [side.place(sizes) for side in sides]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from automatch.engine.assemble import Fed
-from automatch.engine.conventions import concept, shipped_conventions, words_in_order
-from automatch.engine.items import Item
-from automatch.engine.sides import Side
+from automatch.engine.conventions import concept, segment_words, shipped_conventions
 from automatch.keys import segments_of
 from automatch.specs import StateSpec, TensorSpec
 from automatch.transforms import Copy, Slice
@@ -105,5 +103,4 @@ def _names_vocabulary(key: str) -> bool:
 
 
 def _plain_words(key: str) -> tuple[str, ...]:
-    side = Side([Item(key, (), None, None, (key,))])
-    return words_in_order(side, 0)
+    return tuple(word for segment in segments_of(key) for word in segment_words(segment, loop=False))

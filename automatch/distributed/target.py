@@ -44,6 +44,7 @@ class Target:
         self._optimizer, self._device = optimizer, device
         self._fresh = optimizer is not None and not optimizer.state
         self._before: Any = None
+        self._groups = [_settings(group) for group in optimizer.param_groups] if optimizer is not None else []
         self._handed: HandOver | None = None
         self.nested: dict[str, Any] = {} if isinstance(model, nn.Module) else cast("dict[str, Any]", model)
         self.flat: dict[str, Any] = {}
@@ -85,8 +86,14 @@ class Target:
         return get_optimizer_state_dict(self._model, optimizer)
 
     def stage(self, keys: Iterable[str]) -> dict[str, Any]:
-        """New, empty tensors of the same kind, placement and dtype for the given flat keys; objects as they are."""
-        return {key: self._empty_like(value) if isinstance(value := self.flat[key], torch.Tensor) else value for key in keys}
+        """What is read into, for the given flat keys: new, empty tensors of the same kind, placement and dtype; objects as they are.
+
+        The state that `describe` gave an optimizer holds nothing to keep, and is read into as it is.
+        """
+        return {key: self._empty_like(self.flat[key]) if self._holds_values(key) else self.flat[key] for key in keys}
+
+    def _holds_values(self, key: str) -> bool:
+        return isinstance(self.flat[key], torch.Tensor) and not (self._fresh and self._paths[key][0] == OPTIM)
 
     def _empty_like(self, value: torch.Tensor) -> torch.Tensor:
         value = value.detach()
@@ -173,6 +180,10 @@ class Target:
             self._handed.take_back()
         if self._optimizer is not None and self._fresh:
             self._optimizer.state.clear()
+            for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+                for name in set(group) - set(settings) - {"params"}:
+                    del group[name]
+                group.update(settings)
         elif self._optimizer is not None and self._before is not None:
             self._optimizer.load_state_dict(self._before)
 
@@ -186,6 +197,10 @@ class Target:
                         to.copy_(values)
                 else:
                     set_element(self.nested, self._paths[key], new)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def model_part(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sharded_models import WIDTH, mapping_of, matches, new_model, old_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -155,6 +155,32 @@ def test_a_module_that_refuses_on_one_rank_is_unchanged_on_all(tmp_path: Path, m
         assert "seven is too many" in message
         assert same
         assert count == 1
+
+
+def load_refused_optimizer(rank: int, path: Path) -> tuple[str, float, int]:
+    """Load an optimizer that takes its state on rank 0 and does not on rank 1."""
+    model = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if rank == 1:
+        optimizer.load_state_dict = None  # type: ignore[assignment]
+    spec = spec_of_model(model)
+    mapping = KeyMapping(Side.of(spec), Side.of(spec), ()).with_matches([Match(key, (key,), decided=True) for key in spec.keys])
+    try:
+        load(model, path, mapping, optimizer=optimizer, timeout=60)
+    except LoadError as error:
+        return str(error), optimizer.param_groups[0]["lr"], len(optimizer.state)
+    return "nothing", 0.0, 0
+
+
+def test_an_optimizer_that_refuses_on_one_rank_is_fresh_on_all(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    path = save_alone(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), tmp_path / "trained")
+    for message, lr, entries in values(run_ranks(2, load_refused_optimizer, tmp_path, path)):
+        assert "TypeError" in message
+        assert (lr, entries) == (1e-3, 0)
 
 
 def local(value: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from worlds import run_ranks, save_alone, values
 
 import automatch.distributed.loading
 from automatch.distributed import MappedLoadPlanner, load
+from automatch.distributed.target import Target
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.specs import StateSpec, TensorSpec, spec_of_model, spec_of_state_dict
 from automatch.transforms import (
@@ -345,6 +346,31 @@ def test_optimizer_state_groups_and_objects_follow(tmp_path: Path) -> None:
                 assert torch.equal(loaded[f"{match.target}.{name}"], wanted)
                 assert torch.equal(again[0][f"{match.target}.{name}"], wanted)
                 assert loaded[f"{match.target}.step"] == 3
+
+
+def test_what_describing_gave_an_optimizer_is_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    path = save_alone(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), tmp_path / "trained")
+    staged: list[torch.Tensor] = []
+
+    def empty_like(target: Target, value: torch.Tensor) -> torch.Tensor:
+        staged.append(torch.empty_like(value))
+        return staged[-1]
+
+    monkeypatch.setattr(Target, "_empty_like", empty_like)
+    mapping = mapping_of(model, model, [Match(key, (key,), decided=True) for key in model.state_dict()])
+    for again in (torch.optim.AdamW(model.parameters()), optimizer):
+        holds_values = bool(again.state)
+        staged.clear()
+        load(model, path, mapping, optimizer=again)
+        assert len(staged) == (8 if holds_values else 2)  # weight and bias, each with its moments and step count
+        for parameter in model.parameters():
+            assert torch.equal(again.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+            assert again.state[parameter]["step"] == 1
 
 
 def test_the_planner_serves_torch_as_it_is(saved: dict[int, Path]) -> None:

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from automatch.apply import check_side
 from automatch.distributed.crew import Crew
 from automatch.distributed.entries import Entries, find_source_prefix
-from automatch.distributed.loading import given_mapping
 from automatch.distributed.planner import MappedLoadPlanner
 from automatch.distributed.reads import WholeRead
 from automatch.distributed.shard_files import ShardFiles
 from automatch.distributed.shards import Format, Output, Plan, assign, placeholder, plan_conversion, portions, renamed, stored_objects
-from automatch.distributed.source import dcp_load, read_objects, spec_of_metadata
+from automatch.distributed.source import dcp_load, given_mapping, read_objects, spec_of_metadata
 from automatch.distributed.storage import Reader, identity, open_reader
 from automatch.errors import CheckpointError, MappingError
 from automatch.mapping import KeyMapping, Match, Side

@@ -19,7 +19,7 @@ from automatch.distributed.crew import Crew
 from automatch.distributed.entries import Entries, find_entries, find_source_prefix
 from automatch.distributed.planner import MappedLoadPlanner
 from automatch.distributed.reads import WholeRead
-from automatch.distributed.source import dcp_load, match_groups, spec_of_metadata
+from automatch.distributed.source import dcp_load, given_mapping, match_groups, spec_of_metadata
 from automatch.distributed.storage import Reader, identity, open_reader
 from automatch.distributed.target import Target
 from automatch.errors import LoadError, MappingError
@@ -158,11 +158,6 @@ def _load(crew: Crew, target: Target, path: Path, options: _Options) -> Distribu
         reader.bytes_read,
         proposed[1] if proposed else mapping,
     )
-
-
-def given_mapping(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMapping | None:
-    """A mapping, or that of a file."""
-    return mapping if isinstance(mapping, KeyMapping) or mapping is None else KeyMapping.load(Path(mapping))
 
 
 def _propose(crew: Crew, target: Target, path: Path, given: KeyMapping | None, options: _Options) -> tuple[_Order, KeyMapping]:

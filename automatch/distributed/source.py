@@ -1,11 +1,13 @@
-"""What a checkpoint that ranks share holds: the spec of its model's tensors, and its optimizer's parameter groups."""
+"""What a checkpoint that ranks share holds: its model's tensors, its optimizer's groups, and the mapping given for it."""
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,11 @@ from automatch.mapping import KeyMapping
 from automatch.specs import StateSpec, TensorSpec, dtype_name
 
 _PREFERRED = ("model", "state_dict", "module")
+
+
+def given_mapping(mapping: KeyMapping | str | os.PathLike[str] | None) -> KeyMapping | None:
+    """A mapping, or that of a file."""
+    return mapping if isinstance(mapping, KeyMapping) or mapping is None else KeyMapping.load(Path(mapping))
 
 
 def spec_of_metadata(metadata: Metadata, origin: str, prefix: str | None = None) -> StateSpec:

@@ -12,11 +12,13 @@ import pytest
 
 from automatch.cli import COMMANDS, TOGETHER
 
+HANG = 600  # seconds after which a run hangs: each starts an agent and a rank that import torch, which takes minutes on a crowded machine
+
 
 def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "automatch"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*run, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run([*run, *map(str, arguments)], capture_output=True, text=True, timeout=HANG, env=environment, check=False)
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ import torch
 from handmade import mapping_of
 from torch import nn
 
-from automatch import remap_optimizer_state
+from automatch import load, remap_optimizer_state
 from automatch.errors import MappingError
 from automatch.transforms import Concat, Permute, Slice
 
@@ -222,6 +222,86 @@ def test_names_under_another_prefix_are_not_taken_for_nothing():
     mapping = mapping_of(new, old.state_dict(), {"weight": "weight", "bias": "bias"})
     with pytest.raises(MappingError, match=r"names parameters like 'module.weight', none of which the mapping uses; pass names="):
         remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adam(new.parameters()), new)
+
+
+def renamed_pair(width: int = 2) -> tuple[nn.Module, nn.Module, dict[str, str]]:
+    feeds = {"x.weight": "a.weight", "x.bias": "a.bias"}
+    return nn.ModuleDict({"a": nn.Linear(2, width)}), nn.ModuleDict({"x": nn.Linear(2, width)}), feeds
+
+
+def test_groups_in_another_order_are_refused():
+    # hyperparameters are kept by the number of a group, so the weight decay of the weights would go to the biases
+    old, new, feeds = renamed_pair()
+
+    def grouped(layer: nn.Linear, name: str, order: tuple[str, str], named: bool) -> torch.optim.Optimizer:
+        groups = [[(f"{name}.{leaf}", getattr(layer, leaf)) if named else getattr(layer, leaf)] for leaf in order]
+        return torch.optim.SGD([{"params": group, "weight_decay": 0.1 * i} for i, group in enumerate(groups)], momentum=0.9)
+
+    mapping = mapping_of(new, old.state_dict(), feeds)
+    for named in (True, False):
+        optimizer = grouped(old["a"], "a", ("weight", "bias"), named)
+        resumed = grouped(new["x"], "x", ("bias", "weight"), named)
+        with pytest.raises(MappingError, match=r"group 0 of the new optimizer holds what was in group 1.*'a.bias'.*the old order"):
+            remap_optimizer_state(optimizer.state_dict(), mapping, resumed, new, names=None if named else ["a.weight", "a.bias"])
+
+
+def test_names_that_do_not_fit_the_moments_are_refused():
+    old, new, feeds = renamed_pair(width=3)
+    optimizer = torch.optim.Adam(old.parameters())
+    sum(p.square().sum() for p in old.parameters()).backward()
+    optimizer.step()
+    mapping = mapping_of(new, old.state_dict(), feeds)
+    with pytest.raises(MappingError, match=r"state for 'a.bias' has shape \(3, 2\), the checkpoint's tensor \(3,\); are the names in"):
+        remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adam(new.parameters()), new, names=["a.bias", "a.weight"])
+
+
+def test_a_mapping_for_another_model_moves_nothing():
+    old, new, feeds = renamed_pair()
+    compiled = torch.compile(new, backend="eager")
+    mapping = mapping_of(compiled, old.state_dict(), {f"_orig_mod.{key}": source for key, source in feeds.items()})
+    optimizer, resumed = torch.optim.Adam(old.named_parameters()), torch.optim.Adam(new.parameters())
+    sum(p.square().sum() for p in old.parameters()).backward()
+    optimizer.step()
+    with pytest.raises(MappingError, match=r"made for another model.*'_orig_mod.x.weight' is not there"):
+        remap_optimizer_state(optimizer.state_dict(), mapping, resumed, new)
+    assert set(remap_optimizer_state(optimizer.state_dict(), mapping, resumed, compiled)["state"]) == {0, 1}
+
+
+def test_factored_moments_follow_renames_and_nothing_else():
+    old = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    optimizer = torch.optim.Adafactor(old.parameters())
+    sum(p.square().sum() for p in old.parameters()).backward()
+    optimizer.step()
+    renamed = nn.ModuleDict({"y": nn.Linear(3, 3), "x": nn.Linear(3, 3)})
+    feeds = {f"{new}.{leaf}": f"{source}.{leaf}" for new, source in ("ya", "xb") for leaf in ("weight", "bias")}
+    mapping = mapping_of(renamed, old.state_dict(), feeds)
+    moved = remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adafactor(renamed.parameters()), renamed)
+    assert torch.equal(moved["state"][2]["row_var"], optimizer.state[old["b"].weight]["row_var"])
+    fused = nn.ModuleDict({"ab": nn.Linear(3, 6)})
+    mapping = mapping_of(fused, old.state_dict(), {f"ab.{leaf}": ((f"a.{leaf}", f"b.{leaf}"), Concat(0)) for leaf in ("weight", "bias")})
+    with pytest.raises(MappingError, match=r"state 'row_var' of 'ab.weight' has shape \(3, 1\), not the parameter's \(3, 3\).*'concat'"):
+        remap_optimizer_state(optimizer.state_dict(), mapping, torch.optim.Adafactor(fused.parameters()), fused)
+
+
+def test_square_factored_moments_of_transformers_do_not_pass_for_vectors():
+    old, new, feeds = renamed_pair()
+    entry = {"step": 3, "exp_avg_sq_row": torch.ones(2), "exp_avg_sq_col": torch.zeros(2)}
+    state = {"state": {0: entry, 1: {"step": 3, "exp_avg_sq": torch.ones(2)}}, "param_groups": [{"params": [0, 1]}]}
+    moved = remap_optimizer_state(state, mapping_of(new, old.state_dict(), feeds), torch.optim.SGD(new.parameters()), new)
+    assert moved["state"] == {0: entry, 1: state["state"][1]}
+
+
+def test_moments_of_adapted_parameters_begin_afresh():
+    old, new = nn.ModuleDict({"a": nn.Linear(2, 2), "out": nn.Linear(2, 3)}), nn.ModuleDict({"out": nn.Linear(2, 5), "a": nn.Linear(2, 2)})
+    optimizer = torch.optim.Adam(old.parameters())
+    sum(p.square().sum() for p in old.parameters()).backward()
+    optimizer.step()
+    mapping = mapping_of(new, old.state_dict(), {"a.weight": "a.weight", "a.bias": "a.bias"})
+    report = load(new, old.state_dict(), mapping=mapping, adapt={"out.*": "rows"})
+    resumed = torch.optim.Adam(new.parameters())
+    resumed.load_state_dict(remap_optimizer_state(optimizer.state_dict(), report.applied, resumed, new))
+    assert set(resumed.state) == {new["a"].weight, new["a"].bias}
+    assert torch.equal(resumed.state[new["a"].weight]["exp_avg"], optimizer.state[old["a"].weight]["exp_avg"])
 
 
 def test_states_by_name_need_no_positions():

@@ -69,7 +69,8 @@ def fabric_load(
     rest: Objects = remap_copies({name: value for name, value in checkpoint.items() if name != first}, plan.chosen, model)
     values |= {name: _fitting(name, module, rest[name], model) for name, module in modules.items() if name != first}
     others = {name: value for name, value in state.items() if name in rest and name not in modules}
-    _hand_over(modules, values, others, {name: _state_for(value, rest[name], plan, modules) for name, value in others.items()})
+    mapped = {name: module for name, module in modules.items() if name == first or rest[name] is not checkpoint[name]}
+    _hand_over(modules, values, others, {name: _state_for(value, rest[name], plan, modules, mapped) for name, value in others.items()})
     state.update({name: rest[name] for name, value in others.items() if not hasattr(value, "load_state_dict")})
     return {name: value for name, value in rest.items() if name not in state}
 
@@ -97,15 +98,15 @@ def _fitting(name: str, module: nn.Module, state: Any, model: nn.Module) -> dict
     return dict(state)
 
 
-def _state_for(value: Any, saved: Any, plan: LoadPlan, modules: Mapping[str, nn.Module]) -> Any:
+def _state_for(value: Any, saved: Any, plan: LoadPlan, modules: Mapping[str, nn.Module], mapped: Mapping[str, nn.Module]) -> Any:
     """What an object that is no module is given: the state of an optimizer follows the parameters that it trains."""
     if not hasattr(value, "param_groups"):
         return saved
     optimizer = _unwrapped(value)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    first = next(iter(modules.values()))
-    model = next((module for module in modules.values() if trained <= {id(p) for p in module.parameters()}), first)
-    return remap_optimizer_state(saved, plan.chosen, optimizer, model)
+    trains = [name for name, module in modules.items() if trained <= {id(p) for p in module.parameters()}]
+    name = trains[0] if trains else next(iter(modules))
+    return remap_optimizer_state(saved, plan.chosen, optimizer, mapped[name]) if name in mapped else saved
 
 
 def _hand_over(modules: Mapping[str, nn.Module], values: Mapping[str, Any], others: Objects, states: Objects) -> None:

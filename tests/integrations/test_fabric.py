@@ -170,15 +170,23 @@ def test_an_object_that_cannot_be_put_back_is_named(old, tmp_path, monkeypatch):
 
 def test_other_networks_must_fit_as_they_are(tmp_path):
     run, critic = Run(("a", "b")), nn.Linear(3, 1)
-    run.fabric.save(tmp_path / "gan.ckpt", {"model": run.model, "critic": critic})
+    run.steps(1)
+    judging = torch.optim.SGD(critic.parameters(), lr=0.5, momentum=0.9)
+    critic(torch.ones(1, 3)).sum().backward()
+    judging.step()
+    run.fabric.save(tmp_path / "gan.ckpt", {"model": run.model, "critic": critic, "opt": run.optimizer, "critic_opt": judging})
     new = Run(("y", "x"))
     mapping = mapping_of(new.plain, run.plain.state_dict(), FEEDS)
 
     def loaded(judge: nn.Module) -> nn.Module:
-        automatch.lightning.fabric_load(new.fabric, tmp_path / "gan.ckpt", {"model": new.model, "critic": judge}, mapping=mapping)
+        again = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.9)
+        state = {"model": new.model, "critic": judge, "critic_opt": again, "opt": new.optimizer}
+        assert automatch.lightning.fabric_load(new.fabric, tmp_path / "gan.ckpt", state, mapping=mapping) == {}
+        assert torch.equal(again.state[judge.weight]["momentum_buffer"], torch.ones(1, 3))
         return judge
 
     assert torch.equal(loaded(nn.Linear(3, 1)).weight, critic.weight)
+    assert torch.equal(new.optimizer.state[new.plain.x.bias]["exp_avg"], run.optimizer.state[run.plain.a.bias]["exp_avg"])
     before = snapshot_of(new.plain)
     with pytest.raises(LoadError, match=r"keys and shapes for 'critic' are not those of the ModuleDict.*a fabric_load of its own"):
         loaded(nn.ModuleDict({"fc": nn.Linear(3, 1)}))
@@ -186,4 +194,4 @@ def test_other_networks_must_fit_as_they_are(tmp_path):
     renamed = nn.ModuleDict({"fc": nn.Linear(3, 1)})
     rest = automatch.lightning.fabric_load(new.fabric, tmp_path / "gan.ckpt", {"critic": renamed}, threshold=0.5, weights_only=True)
     assert torch.equal(renamed["fc"].weight, critic.weight)
-    assert set(rest) == {"model"}
+    assert set(rest) == {"model", "opt", "critic_opt"}

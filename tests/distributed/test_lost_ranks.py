@@ -32,7 +32,9 @@ TIMEOUT = 4  # seconds without a sign of life after which the tests' ranks give 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_alone({"model": old_model().state_dict()}, tmp_path_factory.mktemp("saved") / "old")
+    folder = tmp_path_factory.mktemp("saved")
+    save_alone({"model": old_model(seed=1).state_dict() | {"more": torch.zeros(1)}}, folder / "other")
+    return save_alone({"model": old_model().state_dict()}, folder / "old")
 
 
 def failing_read(after: int, kill: bool) -> Any:
@@ -87,6 +89,8 @@ def load_with(rank: int, path: Path, trouble: int, what: str) -> tuple[str, str,
     mapping = mapping_of(old_model(), new_model())
     if what == "mapping" and rank == trouble:
         mapping = mapping.with_matches(matches()[:-1])
+    if what == "checkpoint" and rank == trouble:
+        path = path.with_name("other")
     if what == "kill at planning" and rank == trouble:
         automatch.distributed.loading.find_entries = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     if what == "kill at the broadcast":
@@ -188,7 +192,9 @@ def local(value: torch.Tensor) -> torch.Tensor:
 
 
 def run(saved: Path, folder: Path, size: int, trouble: int, what: str) -> list[Outcome]:
+    before = [(file.name, file.read_bytes()) for file in sorted(saved.iterdir())]
     outcomes = run_ranks(size, load_with, folder, saved, trouble, what)
+    assert [(file.name, file.read_bytes()) for file in sorted(saved.iterdir())] == before
     for rank, outcome in enumerate(outcomes):
         if outcome.signal is None and outcome.value is not None:
             assert outcome.value[2], f"rank {rank}: the model was changed"
@@ -232,6 +238,7 @@ def test_a_rank_killed_at_the_broadcast_stops_all(saved: Path, tmp_path: Path) -
     [
         ("model", "this rank's model has fingerprint sha256:.*, rank 0's sha256:.*; build the same model on all ranks"),
         ("mapping", "another mapping than rank 0"),
+        ("checkpoint", "other' is another checkpoint here .* than on rank 0 .*; pass a path that all ranks share"),
         ("optimizer", "TypeError"),
     ],
 )

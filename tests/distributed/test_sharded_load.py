@@ -168,6 +168,47 @@ def test_rank_0_alone_proposes(saved: dict[int, Path], tmp_path: Path) -> None:
     check_equal(got, expected(old_model()))
 
 
+class Renamed(nn.Module):
+    """`Old` as a rename leaves it."""
+
+    def __init__(self, old: Old) -> None:
+        super().__init__()
+        self.wte, self.lm_head, self.stats = old.embed, old.head, old.stats
+        self.blocks = nn.ModuleList(nn.ModuleDict({f"{name}_proj": part for name, part in layer.named_children()}) for layer in old.layers)
+
+
+def load_what_is_proposed(rank: int, path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    with torch.device("meta"):
+        model = fully_shard(Renamed(Old()), mesh=init_device_mesh("cpu", (2,)))
+    report = load(model, path, timeout=60)
+    return full(get_model_state_dict(model)), report.mapping.source.spec is not None and len(report.mapping.source.spec) > 0
+
+
+def test_a_renamed_class_loads_without_a_mapping(saved: dict[int, Path], tmp_path: Path) -> None:
+    wanted = dict(Renamed(old_model()).state_dict())
+    for rank, (got, knows_the_source) in enumerate(values(run_ranks(2, load_what_is_proposed, tmp_path, saved[4]))):
+        check_equal(got, wanted)
+        assert knows_the_source == (rank == 0)
+
+
+def save_new_with_tensor_parallel(rank: int, path: Path) -> None:
+    model = shard(new_model(seed=3), (2, 2))
+    dcp.save(get_model_state_dict(model), checkpoint_id=path)
+
+
+def load_old(rank: int, path: Path) -> dict[str, torch.Tensor]:
+    model = shard(old_model(seed=5), (2,))
+    load(model, path, mapping_of(New(), Old(), split_back()), timeout=60)
+    return full(get_model_state_dict(model))
+
+
+def test_what_a_2d_mesh_saved_is_split_again_on_two_ranks(tmp_path: Path) -> None:
+    values(run_ranks(4, save_new_with_tensor_parallel, tmp_path, tmp_path / "new"))
+    wanted = expected(new_model(seed=3), split_back())
+    for got in values(run_ranks(2, load_old, tmp_path, tmp_path / "new")):
+        check_equal(got, wanted)
+
+
 ROWS, COLUMNS = 7, 10  # neither is a multiple of two or four parts
 SOURCES = {name: torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("abc")}
 TRANSFORMS: dict[str, tuple[str, Transform]] = {

@@ -19,11 +19,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from automatch.counterparts import Counterparts
 from automatch.errors import MappingError, TransformError
 from automatch.mapping import KeyMapping, Match
 from automatch.specs import StateSpec, TensorSpec
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 KEEP = "keep"
+_FEW = 100  # of more keys that share their last word alone, none stands out
+_POSITION = re.compile(r"(^|[._])(abs(olute)?_)?(pos|position(s|al)?)(_?(emb|enc|table)[a-z]*)?([._]|$)|(^|[._])(wpe|posemb)([._]|$)")
+_TOKENS = re.compile(r"embed|wte|tok|vocab")
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,18 @@ def plan_adaptations(whole: KeyMapping, sure: KeyMapping, adapt: Mapping[str, st
     methods: dict[str, str] = {}
     kept: set[str] = set()
     exact = {m.target for m in sure.matches if not is_adapted(m.transform)}
+    counterparts = Counterparts(sure)
     for pattern, method in adapt.items():
         named = [t for t in target if fnmatchcase(t.key, pattern)]
         if not named:
             raise MappingError(f"adapt: no key of the model is like {pattern!r}; patterns are whole keys, e.g. 'head.*'")
-        for tensor in named:
-            if tensor.key in exact or tensor.key in methods or tensor.key in kept or tensor.alias_of is not None:
+        for tensor in {t.alias_of or t.key: target[t.alias_of or t.key] for t in named}.values():
+            if tensor.key in exact or tensor.key in methods or tensor.key in kept:
                 continue
             if method == KEEP:
                 kept.add(tensor.key)
                 continue
-            sources, before = _sources_of(tensor, method, whole, sure, pins)
+            sources, before = _sources_of(tensor, method, whole, counterparts, pins)
             shape = _shape(before, sources, source)
             step = chain() if shape == tensor.shape else Adapt(method, tensor.shape)
             matches.append(Match(tensor.key, sources, chain(before, step), confidence=1.0, decided=True))
@@ -95,29 +101,23 @@ def _shape(before: Transform, sources: Iterable[str], source: StateSpec) -> Shap
 
 
 def _sources_of(
-    tensor: TensorSpec, method: str, whole: KeyMapping, sure: KeyMapping, pins: Mapping[str, Any]
+    tensor: TensorSpec, method: str, whole: KeyMapping, counterparts: Counterparts, pins: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], Transform]:
     """The source keys of an adapted tensor, and what is done to them before it is adapted."""
-    pinned = pins.get(tensor.key)
-    if pinned is not None:
-        return ((pinned,) if isinstance(pinned, str) else tuple(pinned)), chain()
+    target = whole.target.spec
+    assert target is not None
+    for key, pinned in pins.items():
+        if pinned is not None and key in target and (target[key].alias_of or key) == tensor.key:
+            return ((pinned,) if isinstance(pinned, str) else tuple(pinned)), chain()
     for match in (whole.get(tensor.key), *_alternatives(whole.get(tensor.key))):
         if match is not None and is_adapted(match.transform):
             return match.sources, _before_adapting(match.transform)
-    source = whole.source.spec
-    assert source is not None
     from automatch.resize import method_of
 
     known = method_of(method)
     assert known is not None
-    free = [source[key] for key in sure.unexpected_keys]
-    fitting = [t for t in free if t.shape != tensor.shape and known.fits(t.shape, tensor.shape)]
-    leaf = tensor.key.rpartition(".")[2]
-    for candidates in (
-        [t for t in fitting if t.key == tensor.key],
-        [t for t in fitting if t.key.endswith("." + tensor.key) or tensor.key.endswith("." + t.key)],
-        [t for t in fitting if t.key.rpartition(".")[2] == leaf],
-    ):
+    for group in counterparts.groups(tensor.key):
+        candidates = [t for t in group if t.shape != tensor.shape and known.fits(t.shape, tensor.shape)]
         if len(candidates) == 1:
             return (candidates[0].key,), chain()
         if candidates:
@@ -131,23 +131,32 @@ def _sources_of(
     )
 
 
-def resized_source(key: str, mapping: KeyMapping) -> TensorSpec | None:
-    """The checkpoint tensor that would feed a model key if its shape had not changed; None where none stands out."""
+def resized_sources(keys: Iterable[str], mapping: KeyMapping) -> dict[str, TensorSpec]:
+    """The checkpoint tensors that would feed model keys if their shapes had not changed; keys for which none stands out are left out."""
     source, target = mapping.source.spec, mapping.target.spec
     if source is None or target is None:
-        return None
-    for match in (mapping.get(key), *_alternatives(mapping.get(key))):
-        if match is not None and is_adapted(match.transform):
-            return source[match.sources[0]]
-    wanted, leaf = target[key], key.rpartition(".")[2]
-    free = [source[name] for name in mapping.unexpected_keys if source[name].shape != wanted.shape]
-    for candidates in (
-        [t for t in free if t.key == key],
-        [t for t in free if t.key.endswith("." + key) or key.endswith("." + t.key)],
-        [t for t in free if t.key.rpartition(".")[2] == leaf and _differ_in_one_axis(t.shape, wanted.shape)],
-    ):
-        if candidates:
-            return candidates[0] if len(candidates) == 1 else None
+        return {}
+    counterparts = Counterparts(mapping)
+    found: dict[str, TensorSpec] = {}
+    for key in keys:
+        match = mapping.get(key)
+        resized = next((m for m in (match, *_alternatives(match)) if m is not None and is_adapted(m.transform)), None)
+        if resized is not None:
+            found[key] = source[resized.sources[0]]
+        elif match is None and (free := _resized_counterpart(target[key], counterparts)) is not None:
+            found[key] = free
+    return found
+
+
+def _resized_counterpart(tensor: TensorSpec, counterparts: Counterparts) -> TensorSpec | None:
+    renamed, longer, alike = counterparts.groups(tensor.key)
+    if any(t.shape == tensor.shape for t in renamed):
+        return None  # its shape is what it was
+    near = [t for t in alike if _differ_in_one_axis(t.shape, tensor.shape)] if len(alike) <= _FEW else []
+    for group in (renamed, longer, near):
+        close = [t for t in group if t.shape != tensor.shape]
+        if close:
+            return close[0] if len(close) == 1 else None
     return None
 
 
@@ -196,28 +205,31 @@ def explain_mismatch(key: str, source: Shape, target: Shape) -> str:
         source: its shape in the checkpoint.
         target: its shape in the model.
     """
+    from automatch.resize import METHODS
+
     why, methods = _cause(key, source, target)
-    return f"{why} (checkpoint {source}, model {target}); adapt: {methods}"
+    fitting = [method for method in methods if METHODS[method].fits(source, target)]
+    return f"{why} (checkpoint {source}, model {target}); adapt: {' or '.join([*fitting, KEEP])}"
 
 
-def _cause(key: str, source: Shape, target: Shape) -> tuple[str, str]:
+def _cause(key: str, source: Shape, target: Shape) -> tuple[str, tuple[str, ...]]:
     """Why a shape may have changed, and the methods that may help."""
     name = key.lower()
     if len(source) == len(target) - 1 and len(target) == 5 and source[:2] == target[:2]:
-        return "a 2-D kernel in a 3-D model", "inflate"
+        return "a 2-D kernel in a 3-D model", ("inflate",)
     if len(source) != len(target):
-        return "another layout", KEEP
+        return "another layout", ()
     changed = [axis for axis, (old, new) in enumerate(zip(source, target, strict=True)) if old != new]
     if "relative_position" in name or "rel_pos" in name:
-        return "another window size", "relative_position"
-    if "pos" in name.rpartition(".")[2] or "position" in name:
-        return "another patch grid or sequence length", "interpolate or interpolate_1d"
+        return "another window size", ("relative_position", "interpolate_1d")
+    if _POSITION.search(name):
+        return "another patch grid or sequence length", ("interpolate", "interpolate_1d")
     if len(source) >= 3 and changed and min(changed) >= 2:
-        return "another kernel", "center, average or resize_kernel"
-    if len(source) >= 4 and changed == [1]:
-        return "another number of input channels", "channels"
-    if changed == [0] and ("embed" in name or "wte" in name or "tok" in name):
-        return "another vocabulary", "rows"
+        return "another kernel", ("center", "average", "resize_kernel")
+    if len(source) >= 3 and changed == [1]:
+        return "another number of input channels", ("channels", "overlap")
+    if changed == [0] and _TOKENS.search(name):
+        return "another vocabulary", ("rows",)
     if changed == [0]:
-        return "another number of classes, or another width", "rows or keep"
-    return "another width", "overlap or keep"
+        return "another number of classes, or another width", ("rows",)
+    return "another width", ("overlap",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from automatch.adapt import explain_mismatch, resized_source
+from automatch.adapt import explain_mismatch, resized_sources
 from automatch.apply import convert, open_source
 from automatch.errors import CheckpointError, LoadError, ModelError
 from automatch.mapped import MappedCheckpoint
@@ -43,6 +43,8 @@ class LoadReport(NamedTuple):
         warnings: what a person should know.
         to_train_keys: the keys of `to_train`.
         applied: the part of the mapping that was loaded.
+        size_mismatches: for each model key that would have been loaded if its shape had not changed, why it may have
+            changed and what ``adapt=`` can do.
     """
 
     missing_keys: tuple[str, ...]
@@ -56,6 +58,7 @@ class LoadReport(NamedTuple):
     warnings: tuple[str, ...]
     to_train_keys: tuple[str, ...]
     applied: KeyMapping
+    size_mismatches: dict[str, str]
 
     def __repr__(self) -> str:
         parts = [f"{len(self.loaded)} of {self.mapping.target.n_keys} model keys loaded"]
@@ -167,6 +170,10 @@ def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> 
     missing = tuple(t.key for t in plan.target if t.key not in fed and not t.key.endswith("num_batches_tracked"))
     parameters = dict(model.named_parameters())
     to_train = tuple(key for key in parameters if key not in fed or key in plan.adapted)
+    mismatches = {
+        key: f"size mismatch for {key!r} with {resized.key!r}: {explain_mismatch(key, resized.shape, plan.target[key].shape)}"
+        for key, resized in resized_sources(missing, plan.chosen).items()
+    }
     return LoadReport(
         missing_keys=missing,
         unexpected_keys=plan.chosen.unexpected_keys,
@@ -176,21 +183,21 @@ def report_of(plan: LoadPlan, model: nn.Module, notes: tuple[str, ...] = ()) -> 
         adapted=plan.adapted,
         to_train=tuple(parameters[key] for key in to_train),
         mapping=plan.whole,
-        warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(plan, model, missing)),
+        warnings=(*plan.whole.warnings, *plan.notes, *notes, *_left_warnings(model, missing, mismatches)),
         to_train_keys=to_train,
         applied=plan.chosen,
+        size_mismatches=mismatches,
     )
 
 
-def _left_warnings(plan: LoadPlan, model: nn.Module, missing: tuple[str, ...]) -> tuple[str, ...]:
+def _left_warnings(model: nn.Module, missing: tuple[str, ...], mismatches: Mapping[str, str]) -> tuple[str, ...]:
     """What keeps its initial value, and what has no value at all."""
     found: list[str] = []
     if missing:
         found.append(f"{len(missing)} keys keep their initial values: {shorten(missing)}")
-    for key in missing[:_EXPLAINED]:
-        resized = resized_source(key, plan.chosen)
-        if resized is not None:
-            found.append(f"size mismatch for {key!r} with {resized.key!r}: {explain_mismatch(key, resized.shape, plan.target[key].shape)}")
+    found.extend(list(mismatches.values())[:_EXPLAINED])
+    if len(mismatches) > _EXPLAINED:
+        found.append(f"{len(mismatches) - _EXPLAINED} more size mismatches: report.size_mismatches")
     empty = [key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         found.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from automatch.adapt import explain_mismatch, resized_source
+from automatch.adapt import explain_mismatch, resized_sources
 from automatch.mapping import KeyMapping, Question
 from automatch.specs import StateSpec, TensorSpec
 
@@ -70,7 +70,8 @@ def explain_refusal(mapping: KeyMapping, needed: Iterable[str], threshold: float
     settled = {key for question in asked for key in question.keys}
     lines.extend(_question_line(question) for question in asked[:_SHOWN])
     rest = [key for key in needed if key not in settled]
-    lines.extend(_key_line(key, mapping, threshold) for key in rest[:_SHOWN])
+    resized = resized_sources(rest[:_SHOWN], mapping)
+    lines.extend(_key_line(key, mapping, threshold, resized.get(key)) for key in rest[:_SHOWN])
     if len(rest) > _SHOWN:
         lines.append(f"  … and {len(rest) - _SHOWN} more")
     lines.append(
@@ -88,8 +89,8 @@ def _question_line(question: Question) -> str:
     )
 
 
-def _key_line(key: str, mapping: KeyMapping, threshold: float) -> str:
-    match, resized = mapping.get(key), resized_source(key, mapping)
+def _key_line(key: str, mapping: KeyMapping, threshold: float, resized: TensorSpec | None) -> str:
+    match = mapping.get(key)
     if resized is not None and mapping.target.spec is not None:
         why = explain_mismatch(key, resized.shape, mapping.target.spec[key].shape)
         return f"  {key!r}: size mismatch with {resized.key!r}, {why}; ask for it with adapt={{{key!r}: method}}"

@@ -225,6 +225,63 @@ def test_a_resized_head_is_refused_until_it_is_asked_for():
     torch.optim.SGD([{"params": report.to_train}], lr=0.1)
 
 
+class Net(nn.Module):
+    """Everything below one prefix, so that a renamed prefix renames it all."""
+
+    def __init__(self, prefix: str, classes: int, vocabulary: int, channels: int, tokens: int) -> None:
+        super().__init__()
+        inner = nn.ModuleDict({"stem": nn.Conv2d(channels, 4, 3), "fc": nn.Linear(4, 4), "head": nn.Linear(4, classes)})
+        inner["tok_embed"] = nn.Embedding(vocabulary, 4)
+        inner.pos_embed = nn.Parameter(torch.randn(1, tokens, 4))
+        setattr(self, prefix, inner)
+
+
+def test_every_size_mismatch_is_found_under_a_renamed_prefix():
+    ckpt, model = Net("net", 10, 50, 3, 17).state_dict(), Net("model", 4, 60, 1, 37)
+    mapping = mapping_of(model, ckpt, {f"model.fc.{leaf}": f"net.fc.{leaf}" for leaf in ("weight", "bias")})
+    report = automatch.load(model, ckpt, mapping=mapping, strict=False)
+    whys = {
+        "pos_embed": "another patch grid or sequence length",
+        "stem.weight": "another number of input channels",
+        "head.weight": "another number of classes",
+        "head.bias": "another number of classes",
+        "tok_embed.weight": "another vocabulary",
+    }
+    assert {key.removeprefix("model.") for key in report.size_mismatches} == set(whys)  # net.stem.bias fits and is no mismatch
+    for key, why in whys.items():
+        text = report.size_mismatches[f"model.{key}"]
+        assert text.startswith(f"size mismatch for 'model.{key}' with 'net.{key}': {why}")
+        assert text in report.warnings
+    adapt = {"*.stem.weight": "channels", "*.head.*": "rows", "*.tok_embed.weight": "rows", "*.pos_embed": "interpolate"}
+    report = automatch.load(model, ckpt, mapping=mapping, adapt=adapt, pins={"model.stem.bias": "net.stem.bias"})
+    assert set(report.to_train_keys) == set(report.adapted) == {f"model.{key}" for key in whys}
+    assert torch.equal(model.model["head"].weight, ckpt["net.head.weight"][:4])
+    assert torch.equal(model.model["tok_embed"].weight[:50], ckpt["net.tok_embed.weight"])
+
+
+def test_many_size_mismatches_are_all_in_the_report():
+    ckpt, model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)]).state_dict(), nn.Sequential(*[nn.Linear(2, 3) for _ in range(30)])
+    report = automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, {}), strict=False)
+    assert len(report.size_mismatches) == 60
+    assert "40 more size mismatches: report.size_mismatches" in report.warnings
+
+
+def test_tied_keys_are_adapted_under_either_name():
+    class Tied(nn.Module):
+        def __init__(self, words: int) -> None:
+            super().__init__()
+            self.wte, self.lm_head = nn.Embedding(words, 4), nn.Linear(4, words, bias=False)
+            self.lm_head.weight = self.wte.weight
+
+    ckpt = Tied(10).state_dict()
+    for pattern, pins in (("wte.*", {}), ("lm_head.*", {}), ("*", {}), ("lm_head.*", {"lm_head.weight": "lm_head.weight"})):
+        model = Tied(12)
+        report = automatch.load(model, ckpt, adapt={pattern: "rows"}, pins=pins)
+        assert report.to_train_keys == ("wte.weight",)
+        assert report.missing_keys == ()
+        assert torch.equal(model.lm_head.weight[:10], ckpt["wte.weight"])
+
+
 def test_keeping_initial_values_on_purpose():
     ckpt, model = renamed(Classifier(10)), Classifier(4)
     before = model.head.weight.detach().clone()
@@ -278,6 +335,11 @@ def test_mistakes_in_adapt_are_named():
         ("blocks.0.attn.relative_position_bias_table", (169, 4), (529, 4), "another window size"),
         ("conv.weight", (8, 4, 3, 3), (8, 4, 3, 3, 3), "a 2-D kernel in a 3-D model"),
         ("mlp.weight", (8, 4), (16, 8), "another width"),
+        ("conv.weight", (8, 3, 5), (8, 1, 5), "another number of input channels"),
+        ("decomposition.weight", (9, 4), (7, 4), "another number of classes, or another width"),
+        ("encoder.embed_positions.weight", (512, 4), (1024, 4), "another patch grid or sequence length"),
+        ("transformer.wpe.weight", (512, 4), (1024, 4), "another patch grid or sequence length"),
+        ("position_embedding.weight", (512, 4), (1024, 4), "another patch grid or sequence length"),
         ("x", (8,), (8, 1, 1), "another layout"),
     ],
 )
@@ -286,4 +348,6 @@ def test_size_mismatches_are_explained(key, source, target, why):
     assert text.startswith(why)
     assert str(source) in text
     assert str(target) in text
-    assert "adapt: " in text
+    offered = text.partition("adapt: ")[2].split(" or ")
+    assert offered[-1] == "keep"
+    assert all(METHODS[method].fits(source, target) for method in offered[:-1])

@@ -83,11 +83,15 @@ def load(
     strict: bool = True,
     threshold: float = CONFIDENT,
     pins: Pins | None = None,
+    in_place: bool = False,
     timeout: float = 60.0,
     trust: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> DistributedReport:
     """Load a checkpoint with other keys into a sharded model: every rank calls it, all of them load or none.
+
+    What is on the meta device gets its memory here, and an optimizer without state is read into directly. Where there are
+    values already, the new ones stand beside them until all ranks agree, which takes that memory twice, unless `in_place` is set.
 
     Args:
         model: a module (FSDP2, tensor parallel, plain; also on the meta device), or a state_dict of such, nested or flat.
@@ -98,12 +102,14 @@ def load(
         threshold: matches are used from this confidence on, in [0, 1]; decided ones always.
         pins: pairs that a person has decided, as for `propose_mapping`; ``{target: None}`` also says that the
             initial value is meant to stay.
+        in_place: the values that are there are not worth keeping (after ``to_empty``, in a scratch state_dict): read over them,
+            without a second copy. If a rank then fails while reading, every rank raises and the values are undefined.
         timeout: seconds without a sign of life after which a rank counts as lost and all others stop, > 0.
         trust: allow pickled entries to execute code.
         group: the process group; None for the default one.
 
     Raises:
-        LoadError: loading was refused, or a rank failed or was lost; nothing was changed on any rank.
+        LoadError: loading was refused, or a rank failed or was lost; without `in_place`, nothing was changed on any rank.
         MappingError: the mapping was made for another model or checkpoint.
         CheckpointError: the checkpoint cannot be read.
     """
@@ -111,7 +117,7 @@ def load(
         target = Target(model, optimizer)
         try:
             crew.together("describing the model", target.describe)
-            return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, pins or {}, trust))
+            return _load(crew, target, Path(checkpoint), _Options(mapping, strict, threshold, pins or {}, in_place, trust))
         except BaseException:
             target.forget()
             raise
@@ -123,6 +129,7 @@ class _Options:
     strict: bool
     threshold: float
     pins: Pins
+    in_place: bool
     trust: bool
 
 
@@ -141,6 +148,8 @@ def _load(crew: Crew, target: Target, path: Path, options: _Options) -> Distribu
         on_read=lambda _: crew.advance(),
         on_plan=lambda reads: _say_whole(crew, reads),
     )
+    if options.in_place:
+        crew.outcome = "The values that were there may be overwritten on every rank"
     staged = crew.together("reading", lambda: _read(target, entries, planner, reader, options))
     if crew.leads:
         _say_others_whole(crew, planner.whole_reads)
@@ -211,7 +220,7 @@ def _read(target: Target, entries: Entries, planner: MappedLoadPlanner, reader: 
             f"nothing in the checkpoint feeds {len(lost)} entries: {shorten(lost)}; "
             "load the model without its optimizer, or with strict=False"
         )
-    staged = target.stage(entry.target for entry in entries.fed)
+    staged = target.stage([entry.target for entry in entries.fed], in_place=options.in_place)
     dcp_load(staged, reader, planner)
     target.check(staged)
     return staged

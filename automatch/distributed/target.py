@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -85,15 +85,25 @@ class Target:
             raise ModelError("the optimizer has no state yet and its parameters have gradients; call optimizer.zero_grad() first")
         return get_optimizer_state_dict(self._model, optimizer)
 
-    def stage(self, keys: Iterable[str]) -> dict[str, Any]:
+    def stage(self, keys: Sequence[str], *, in_place: bool = False) -> dict[str, Any]:
         """What is read into, for the given flat keys: new, empty tensors of the same kind, placement and dtype; objects as they are.
 
         The state that `describe` gave an optimizer holds nothing to keep, and is read into as it is.
-        """
-        return {key: self._empty_like(self.flat[key]) if self._holds_values(key) else self.flat[key] for key in keys}
 
-    def _holds_values(self, key: str) -> bool:
-        return isinstance(self.flat[key], torch.Tensor) and not (self._fresh and self._paths[key][0] == OPTIM)
+        Args:
+            keys: flat keys.
+            in_place: read into whatever has memory already; of tied tensors, which have one memory, into the first.
+        """
+        own = storages(self._model) if self._model is not None else None
+        again = {other for _, other in self._tied(dict.fromkeys(keys))}
+
+        def room(key: str, value: torch.Tensor) -> torch.Tensor:
+            of_optimizer = self._optimizer is not None and self._paths[key][0] == OPTIM
+            over = (in_place or (of_optimizer and self._fresh)) and not value.is_meta and key not in again
+            lives = over and (of_optimizer or own is None or is_live(value, own))
+            return value.detach() if lives else self._empty_like(value)
+
+        return {key: room(key, value) if isinstance(value := self.flat[key], torch.Tensor) else value for key in keys}
 
     def _empty_like(self, value: torch.Tensor) -> torch.Tensor:
         value = value.detach()
@@ -118,7 +128,7 @@ class Target:
                     f"{first!r} and {other!r} are one tensor in the model, and the checkpoint feeds them different values; map one of them"
                 )
 
-    def _tied(self, staged: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    def _tied(self, staged: Collection[str]) -> Iterable[tuple[str, str]]:
         for tensor in self.spec:
             first, other = (self._model_key(key) for key in (tensor.alias_of, tensor.key))
             if first in staged and other in staged:
@@ -194,7 +204,8 @@ class Target:
                 old, new = self.flat[key], staged.pop(key)
                 if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and not old.is_meta:
                     for (to, _), (values, _) in zip(local_chunks(old.detach()), local_chunks(new), strict=True):
-                        to.copy_(values)
+                        if to.data_ptr() != values.data_ptr():
+                            to.copy_(values)
                 else:
                     set_element(self.nested, self._paths[key], new)
 

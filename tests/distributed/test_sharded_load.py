@@ -22,8 +22,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from worlds import run_ranks, save_alone, values
 
 import automatch.distributed.loading
+import automatch.distributed.storage
 from automatch.distributed import MappedLoadPlanner, load
 from automatch.distributed.target import Target
+from automatch.errors import LoadError
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.specs import StateSpec, TensorSpec, spec_of_model, spec_of_state_dict
 from automatch.transforms import (
@@ -412,6 +414,52 @@ def test_what_describing_gave_an_optimizer_is_not_held_twice(tmp_path: Path, mon
         for parameter in model.parameters():
             assert torch.equal(again.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
             assert again.state[parameter]["step"] == 1
+
+
+def load_in_place(rank: int, path: Path) -> tuple[dict[str, torch.Tensor], list[bool], str]:
+    """Load over the values of a model, and then again from a file that is cut short under one rank."""
+    model = shard(new_model(), (2,))
+    places = [local.data_ptr() for local in locals_of(model)]
+    Target._empty_like = None  # type: ignore[assignment]
+    load(model, path, mapping_of(Old(), New()), in_place=True, timeout=60)
+    got = full(get_model_state_dict(model))
+    if rank == 1:
+        automatch.distributed.storage.read_slice = None  # type: ignore[assignment]
+    try:
+        load(model, path, mapping_of(Old(), New()), in_place=True, timeout=60)
+    except LoadError as error:
+        return got, [local.data_ptr() == place for local, place in zip(locals_of(model), places, strict=True)], str(error)
+    return got, [], "nothing"
+
+
+def locals_of(model: nn.Module) -> list[torch.Tensor]:
+    return [value.to_local() if isinstance(value, DTensor) else value for value in get_model_state_dict(model).values()]
+
+
+def test_in_place_nothing_is_held_twice_and_a_failure_says_so(saved: dict[int, Path], tmp_path: Path) -> None:
+    (got, same, message), (other, others_same, _) = values(run_ranks(2, load_in_place, tmp_path, saved[4]))
+    check_equal(got, expected(old_model()))
+    check_equal(other, expected(old_model()))
+    assert all(same)
+    assert all(others_same)
+    assert "rank 1: " in message
+    assert message.endswith("The values that were there may be overwritten on every rank")
+
+
+def test_in_place_tied_weights_must_still_be_given_equal_values(tmp_path: Path) -> None:
+    sources = {"a": torch.randn(VOCABULARY, WIDTH), "b": torch.randn(VOCABULARY, WIDTH)}
+    path = save_alone(sources, tmp_path / "two")
+    model = Tied()
+    empty = KeyMapping(Side.of(spec_of_state_dict(sources)), Side.of(spec_of_model(model)), ())
+    for second in "ba":
+        found = [Match("embed.weight", ("a",), decided=True), Match("head.weight", (second,), decided=True)]
+        if second == "b":
+            with pytest.raises(LoadError, match="are one tensor in the model, and the checkpoint feeds them different values"):
+                load(model, path, empty.with_matches(found), in_place=True)
+        else:
+            load(model, path, empty.with_matches(found), in_place=True)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, sources["a"])
 
 
 def test_the_planner_serves_torch_as_it_is(saved: dict[int, Path]) -> None:

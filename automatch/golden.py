@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -101,7 +101,7 @@ def run(model: nn.Module, sample: Any) -> tuple[torch.Tensor, ...]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         model.eval()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _uncompiled():
             torch.manual_seed(0)
             output = _call(model, _to(sample, device))
     except Exception as error:
@@ -113,6 +113,14 @@ def run(model: nn.Module, sample: Any) -> tuple[torch.Tensor, ...]:
     if not found:
         raise ModelError(f"{type(model).__name__} gave a {type(output).__name__} without tensors for the sample batch")
     return found
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """A block in which compiled modules run as they are written: compiling for one batch, with hooks in it, takes minutes."""
+    import torch
+
+    stance: Any = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 def _call(model: nn.Module, sample: Any) -> Any:

@@ -63,6 +63,7 @@ def snapshot(
 
     spec = spec_of_model(model)
     classes = own_classes(model)
+    kind = type(getattr(model, "_orig_mod", model))  # not torch.compile's wrapper
     layout = {
         "entries": [[t.key, list(t.shape), t.dtype, t.kind, t.owner, t.alias_of] for t in spec],
         "modules": [list(module) for module in spec.modules],
@@ -71,7 +72,7 @@ def snapshot(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model": f"{kind.__module__}.{kind.__qualname__}",
         "commit": git_commit(classes),
         "versions": library_versions(model),
         "layout": packing.pack(layout),
@@ -130,11 +131,13 @@ def read_snapshot(ckpt: Any, *, trust: bool = False) -> Snapshot | None:
         return None
     try:
         return _snapshot_from(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever stands where a text or a number is expected
         raise CheckpointError(f"the snapshot in the checkpoint is damaged: {type(error).__name__}: {error}") from error
 
 
 def _snapshot_from(raw: Any) -> Snapshot:
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"it is a {type(raw).__name__}, not a dict")
     if raw["format"] != FORMAT or raw["version"] != VERSION:
         raise ValueError(f"format {raw['format']!r} version {raw['version']!r}; this automatch reads version {VERSION}")
     layout = packing.unpack(raw["layout"])

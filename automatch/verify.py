@@ -218,7 +218,7 @@ class _Trial:
                 answered = current.answer(question, number)
                 scores.append((self._scored(answered), answered))
             scores.sort(key=lambda item: -item[0])
-            if len(scores) < len(question.options) or (len(scores) > 1 and scores[0][0] - scores[1][0] <= _TIE):
+            if len(scores) < len(question.options) or _is_tie([score for score, _ in scores]):
                 undecided += 1
             else:
                 current = scores[0][1]
@@ -233,7 +233,13 @@ class _Trial:
         self.put(mapping)
         self.model.eval()
         with torch.no_grad():
-            return float(self.score(self.model))
+            score = float(self.score(self.model))
+        return -math.inf if math.isnan(score) else score
+
+
+def _is_tie(scores: list[float]) -> bool:
+    """Whether the best of falling scores is no better than the next, or no score at all."""
+    return scores[0] == -math.inf or (len(scores) > 1 and scores[0] - scores[1] <= _TIE)
 
 
 def _answers(mapping: KeyMapping, questions: tuple[Question, ...]) -> Iterator[tuple[tuple[int, ...], KeyMapping]]:

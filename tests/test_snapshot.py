@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import automatch
+from automatch import packing
 from automatch.errors import CheckpointError, ModelError
 from automatch.golden import Golden, record_golden
 from automatch.specs import spec_of_model
 
+WHOLE = automatch.snapshot(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), sample=torch.ones(2, 3))
 SOURCE = """
 from torch import nn
 
@@ -151,6 +157,42 @@ def test_a_tampered_snapshot_is_an_error_and_runs_nothing(package, change):
     change(raw)
     with pytest.raises(CheckpointError, match="the snapshot in the checkpoint is damaged"):
         automatch.read_snapshot({"automatch_snapshot": raw})
+
+
+JUNK = [None, -1, 10**400, float("nan"), "", [], [[]], {}, {"tensor": "0"}, {"tuple": 3}, True, "AAAA"]
+
+
+def tampered(tree: Any, junk: list[Any], data: st.DataObject) -> Any:
+    """The tree with something else in one place."""
+    if isinstance(tree, dict | list) and tree and data.draw(st.booleans()):
+        copy = tree.copy()
+        place = data.draw(st.sampled_from(list(copy) if isinstance(copy, dict) else range(len(copy))))
+        copy[place] = tampered(copy[place], junk, data)
+        return copy
+    return data.draw(st.sampled_from(junk))
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_whatever_stands_in_a_snapshot_it_is_read_or_damaged(data):
+    raw = WHOLE.copy()
+    part = data.draw(st.sampled_from(["all", "layout", "golden"]))
+    if part == "all":
+        raw = tampered(raw, [*JUNK, torch.ones(2), torch.ones(()), b"x", {1: 2}], data)
+    elif part == "layout":
+        raw["layout"] = packing.pack(tampered(packing.unpack(raw["layout"]), JUNK, data))
+    else:
+        raw["golden"] = raw["golden"] | {"content": packing.pack(tampered(packing.unpack(raw["golden"]["content"]), JUNK, data))}
+    with contextlib.suppress(CheckpointError):
+        automatch.read_snapshot({"automatch_snapshot": raw})
+
+
+def test_the_class_of_a_compiled_model_is_named(package):
+    _, model = package
+    raw = automatch.snapshot(torch.compile(model, backend="eager"), sample=torch.ones(2, 3))
+    read = automatch.read_snapshot({"automatch_snapshot": raw})
+    assert read.model == "mine.models.block.Block"
+    assert read.spec.keys == ("_orig_mod.fc.weight", "_orig_mod.fc.bias")
 
 
 def test_a_snapshot_that_wants_to_run_code_is_refused(package, tmp_path):

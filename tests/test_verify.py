@@ -132,6 +132,32 @@ def test_questions_are_answered_by_a_score(old, new):
     assert undecided.mapping.questions == mapping.questions
 
 
+@pytest.mark.parametrize("crossed_first", [True, False])
+def test_a_score_that_is_no_number_is_the_worst(old, new, crossed_first):
+    ckpt = old.state_dict()
+    mapping = mapping_of(new, ckpt, {"down.weight": "w2.weight"}, questions=(gate_question(crossed_first),))
+
+    def score(model: Gated) -> float:
+        return -7.0 if torch.equal(model.gate.weight, old.w1.weight) else float("nan")
+
+    assert mapping.verify(new, ckpt, score=score).mapping["gate.weight"].sources == ("w1.weight",)
+    assert mapping.verify(new, ckpt, score=lambda model: float("nan")).mapping.questions == mapping.questions
+
+
+def test_a_compiled_model_is_run_as_it_is_written(old, new):
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        calls.append(1)
+        return graph
+
+    compiled = torch.compile(new, backend=backend)
+    feeds = {f"_orig_mod.{target}": source for target, source in FEEDS.items()}
+    golden = record_golden(torch.compile(old, backend=backend), SAMPLE)
+    assert mapping_of(compiled, old.state_dict(), feeds).verify(compiled, old.state_dict(), golden=golden)
+    assert calls == []
+
+
 def test_the_budget_is_kept(old, new):
     ckpt = old.state_dict()
     mapping = mapping_of(new, ckpt, {"down.weight": "w2.weight"}, questions=(gate_question(),))

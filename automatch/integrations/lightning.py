@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from automatch.apply import open_source
-from automatch.errors import AutomatchError, LoadError, MissingExtraError
+from automatch.errors import AutomatchError, LoadError, MissingExtraError, ModelError
 from automatch.load import LoadReport, report_of, values_of
 from automatch.mapping import CONFIDENT
 from automatch.optimizer import remap_optimizer_state
@@ -139,12 +140,20 @@ class _SaveSnapshot:
     """What the callback `SaveSnapshot` does, without Lightning."""
 
     def __init__(self, sample: Any = None) -> None:
+        from automatch.packing import flatten
+
         super().__init__()
+        flatten(sample, {})  # what cannot be kept is said now, and not when the first checkpoint is written
         self.sample = sample
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Checkpoint) -> None:
-        """Put the module's snapshot into the checkpoint."""
-        checkpoint[KEY] = snapshot(pl_module, sample=self.sample, optimizers=[getattr(o, "optimizer", o) for o in trainer.optimizers])
+        """Put the module's snapshot into the checkpoint, without the golden batch if the module fails on it."""
+        optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+        try:
+            checkpoint[KEY] = snapshot(pl_module, sample=self.sample, optimizers=optimizers)
+        except ModelError as error:  # a run must not be lost to it
+            warnings.warn(f"the checkpoint's snapshot has no golden batch: {error}", stacklevel=2)
+            checkpoint[KEY] = snapshot(pl_module, optimizers=optimizers)
 
 
 def _callback_bases() -> tuple[type[Any], ...]:

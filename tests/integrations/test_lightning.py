@@ -205,6 +205,17 @@ def test_the_snapshot_callback_and_what_it_is_good_for(pl, tmp_path):
     assert torch.allclose(moments[0]["exp_avg"], moments[1]["exp_avg"], atol=1e-6)
 
 
+def test_a_sample_that_fails_costs_no_run(pl, tmp_path):
+    v1, _ = modules(pl, "adam", 1)
+    with pytest.raises(TypeError, match="a object cannot be kept"):
+        automatch.lightning.SaveSnapshot((torch.ones(1), object()))
+    trainer = fit(pl, v1(), 1, tmp_path, [automatch.lightning.SaveSnapshot(torch.ones(2, 99))])
+    with pytest.warns(UserWarning, match="snapshot has no golden batch: V1 failed on the sample batch"):
+        trainer.save_checkpoint(tmp_path / "v1.ckpt")
+    snapshot = automatch.read_snapshot(tmp_path / "v1.ckpt")
+    assert (snapshot.golden, len(snapshot.optimizers)) == (None, 1)
+
+
 def test_stochastic_weight_averaging_resumes(pl, tmp_path):
     v1, v2 = modules(pl, "sgd", 1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

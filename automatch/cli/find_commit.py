@@ -97,16 +97,18 @@ def _progress() -> Generator[Callable[[int, int, Fit], None] | None]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Versions", total=None)
+        task = bar.add_task("Commits", total=None)
         yield lambda done, total, fit: bar.update(task, completed=done, total=total, description=fit.commits[0].id[:10])
 
 
 def _lines(search: Search) -> Generator[str]:
     broken = sum(bool(fit.error) for fit in search.tried)
     yield (
-        f"{search.n_commits} commits have {search.n_versions} distinct versions of the model's code; {len(search.tried)} were tried, "
-        f"{broken} could not be built, {sum(fit.seconds for fit in search.tried) / max(1, len(search.tried)):.1f} s each."
+        f"{search.n_commits} commits; {len(search.tried)} distinct versions of the model's code were tried, {broken} could not be built, "
+        f"{sum(fit.seconds for fit in search.tried) / max(1, len(search.tried)):.1f} s each."
     )
+    if search.shallow and not (search.best and search.best.exact):
+        yield "This clone is shallow: older commits are not in it (git fetch --unshallow)."
     fit = search.best
     if fit is None:
         yield "No version could be built. The last error: " + (search.tried[-1].error if search.tried else "there was none to try")
@@ -115,6 +117,7 @@ def _lines(search: Search) -> Generator[str]:
     yield f"{'Exact fit' if fit.exact else f'Closest, {fit.score:.0%} of all keys'}: {newest.id[:10]} {newest.date[:10]} {newest.subject}"
     if newest != oldest:
         yield f"  the same code since {oldest.id[:10]} {oldest.date[:10]} {oldest.subject} ({len(fit.commits)} commits)"
+    yield f"  built as {fit.factory}"
     if fit.prefix:
         yield f"  after taking {fit.prefix!r} off the checkpoint's keys"
     for title, keys in (("missing", fit.missing), ("unexpected", fit.unexpected), ("other shape", fit.mismatched)):
@@ -133,10 +136,11 @@ def _data(search: Search) -> dict[str, Any]:
             "unexpected": list(fit.unexpected),
             "mismatched": list(fit.mismatched),
             "prefix": fit.prefix,
+            "factory": fit.factory,
             "error": fit.error,
             "seconds": round(fit.seconds, 3),
         }
         for fit in search.tried
     ]
     best = None if search.best is None else search.tried.index(search.best)
-    return {"commits": search.n_commits, "versions": search.n_versions, "best": best, "tried": tried}
+    return {"commits": search.n_commits, "shallow": search.shallow, "best": best, "tried": tried}

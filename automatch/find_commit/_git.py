@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from automatch.errors import ModelError
 
 # Beside the code itself, what a constructor may read at import.
 _SUFFIXES = (".py", ".json", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".txt")
 _MAX_BYTES = 2_000_000
+_AT_ONCE = 200  # names in flight to one process, so that neither side waits on a full pipe
 _GIT = ("git", "--no-optional-locks", "-c", "core.quotePath=false", "-c", "log.showSignature=false")
 
 
@@ -25,16 +27,8 @@ class Commit:
     subject: str
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One state of the files that matter, and the commits that have it, newest first."""
-
-    commits: tuple[Commit, ...]
-    path: str | None
-
-
 class Repository:
-    """A git repository that is only read.
+    """A git repository that is only read; a context manager around the process that looks objects up.
 
     Args:
         place: any folder inside it.
@@ -45,15 +39,24 @@ class Repository:
 
     def __init__(self, place: Path) -> None:
         self._place = place
-        self.root = Path(self._git("rev-parse", "--show-toplevel").decode().rstrip("\n"))
+        self._lookup: subprocess.Popen[bytes] | None = None
+        lines = self._git("rev-parse", "--show-toplevel", "--show-prefix", "--is-shallow-repository").decode().split("\n")
+        self.root, self.prefix, self.shallow = Path(lines[0]), lines[1], lines[2] == "true"
         self._place = self.root
 
-    def _git(self, *arguments: str, given: bytes | None = None) -> bytes:
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lookup is not None:
+            self._lookup.communicate()
+
+    def _git(self, *arguments: str, given: bytes | None = None, may_find_nothing: bool = False) -> bytes:
         try:
             done = subprocess.run([*_GIT, *arguments], cwd=self._place, input=given, capture_output=True, check=False)
         except OSError as error:
             raise ModelError(f"cannot run git in {str(self._place)!r}: {error}; is git installed, and is this a folder?") from error
-        if done.returncode:
+        if done.returncode and not (may_find_nothing and done.returncode == 1):
             said = done.stderr.decode(errors="replace").strip()
             raise ModelError(f"git {arguments[0]} failed in {str(self._place)!r}: {said}")
         return done.stdout
@@ -72,47 +75,56 @@ class Repository:
         found = [path, *(line.split("\t")[1] for line in log.splitlines() if line.startswith("R"))]
         return list(dict.fromkeys(found))
 
-    def versions(self, commits: Sequence[Commit], paths: Sequence[str]) -> list[Version]:
-        """The distinct states of the Python files around ``paths``, in the order of their newest commit."""
-        folders = sorted({_folder(path) for path in paths})
-        trees = self._objects([f"{commit.id}:{folder}" for commit in commits for folder in folders])
-        groups: dict[tuple[str, ...], list[Commit]] = {}
-        for place, commit in enumerate(commits):
-            groups.setdefault(tuple(trees[place * len(folders) : (place + 1) * len(folders)]), []).append(commit)
-        versions: dict[str, list[Commit]] = {}
-        chosen: dict[str, str | None] = {}
-        for group in groups.values():
-            files = self.files(group[0], folders)
-            state = hashlib.sha256(
-                "\0".join(f"{name}\0{blob}" for name, blob in files.items() if name.endswith(".py")).encode("utf-8", "surrogateescape")
-            ).hexdigest()
-            versions.setdefault(state, []).extend(group)
-            chosen[state] = next((path for path in paths if path in files), None)
-        order = {commit.id: place for place, commit in enumerate(commits)}
-        sorted_versions = [Version(tuple(sorted(found, key=lambda c: order[c.id])), chosen[state]) for state, found in versions.items()]
-        return sorted(sorted_versions, key=lambda version: order[version.commits[0].id])
+    def ids(self, commit: Commit, paths: Iterable[str]) -> dict[str, str]:
+        """The object id of every file and folder of a commit; empty where it has none of that name."""
+        if self._lookup is None:
+            self._lookup = subprocess.Popen(
+                [*_GIT, "cat-file", "--batch-check=%(objectname)"], cwd=self.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        given, told = self._lookup.stdin, self._lookup.stdout
+        assert given is not None
+        assert told is not None
+        names = [path for path in dict.fromkeys(paths) if "\n" not in path]
+        found: dict[str, str] = {}
+        for at in range(0, len(names), _AT_ONCE):
+            some = names[at : at + _AT_ONCE]
+            given.write("".join(f"{commit.id}:{name}\n" for name in some).encode("utf-8", "surrogateescape"))
+            given.flush()
+            for name in some:
+                line = told.readline()
+                found[name] = "" if line.endswith(b" missing\n") else line.decode().strip()
+        return found
 
-    def _objects(self, names: Iterable[str]) -> list[str]:
-        """The object ids behind names like ``commit:folder``; "missing" where there is none."""
-        text = self._git(
-            "cat-file", "--batch-check=%(objectname)", given="\n".join(names).encode("utf-8", "surrogateescape") + b"\n"
-        ).decode(errors="surrogateescape")
-        return ["missing" if line.endswith(" missing") else line for line in text.splitlines()]
+    def defining(self, commit: Commit, name: str) -> list[str]:
+        """The Python files of a commit that define a class or function of that name at the top."""
+        if not name.isidentifier():
+            return []
+        pattern = rf"^(class|def)[[:space:]]+{name}[^[:alnum:]_]|^{name}[[:space:]]*="
+        found = self._git("grep", "-lzE", pattern, commit.id, "--", "*.py", may_find_nothing=True)
+        return [path.partition(":")[2] for path in found.decode("utf-8", "surrogateescape").split("\0") if path]
 
-    def files(self, commit: Commit, folders: Sequence[str] = ("",)) -> dict[str, str]:
-        """Path and blob id of every regular file of a commit below the folders."""
-        listing = self._git("ls-tree", "-r", "-z", "--full-tree", commit.id, "--", *(folder for folder in folders if folder))
-        files: dict[str, str] = {}
-        for entry in listing.decode("utf-8", "surrogateescape").split("\0"):
-            head, tab, path = entry.partition("\t")
-            if tab and head.startswith("100"):
-                files[path] = head.split()[2]
-        return files
+    def extract(self, commit: Commit, folder: Path) -> list[str]:
+        """Write the code of a commit, and the small text files beside it, below ``folder``.
 
-    def extract(self, commit: Commit, folder: Path) -> None:
-        """Write the code of a commit, and the small text files beside it, below ``folder``."""
-        wanted = {path: blob for path, blob in self.files(commit).items() if path.endswith(_SUFFIXES)}
-        text = self._git("cat-file", "--batch", given="\n".join(wanted.values()).encode() + b"\n")
+        Returns:
+            The paths of its submodules; those that are checked out are written too.
+        """
+        return self._extract(commit.id, folder, "")
+
+    def _extract(self, commit: str, folder: Path, below: str) -> list[str]:
+        listing = self._git("ls-tree", "-r", "-z", "--full-tree", commit).decode("utf-8", "surrogateescape")
+        entries = [(head.split(), path) for head, tab, path in (entry.partition("\t") for entry in listing.split("\0")) if tab]
+        wanted = {path: head[2] for head, path in entries if head[0].startswith("100") and path.endswith(_SUFFIXES)}
+        self._write(wanted, folder)
+        links = [(path, head[2]) for head, path in entries if head[0] == "160000"]
+        for path, inner in links:
+            if (self.root / path / ".git").exists():
+                with suppress(ModelError):  # that commit of it is not here
+                    Repository(self.root / path)._extract(inner, folder / path, f"{below}{path}/")
+        return [below + path for path, _ in links]
+
+    def _write(self, wanted: dict[str, str], folder: Path) -> None:
+        text = self._git("cat-file", "--batch", given="\n".join(wanted.values()).encode() + b"\n") if wanted else b""
         at = 0
         for path in wanted:
             end = text.index(b"\n", at)
@@ -123,11 +135,3 @@ class Repository:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(text[end + 1 : end + 1 + size])
             at = end + 1 + size + 1
-
-
-def _folder(path: str) -> str:
-    """The top folder of the package that a file is part of; everything for a file at the top."""
-    parts = path.split("/")
-    if len(parts) == 1:
-        return ""
-    return "/".join(parts[:2]) if parts[0] == "src" and len(parts) > 2 else parts[0]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 _START = "import sys; sys.path.append({root!r}); from automatch.find_commit._worker import main; main()"
-_GRACE = 120.0
+_PATIENCE = 120.0
 
 
 class Worker:
@@ -36,19 +36,28 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def build(self, folder: Path, path: str, name: str, kwargs: dict[str, Any], limit: float) -> dict[str, Any]:
-        """The entries of the model that ``name`` in file ``path`` below ``folder`` builds, or why there are none."""
+    def build(self, folder: Path, path: str, module: str, name: str, kwargs: dict[str, Any], limit: float) -> dict[str, Any]:
+        """The entries of the model that ``name`` in file ``path`` below ``folder`` builds, or why there are none.
+
+        Args:
+            folder: where the old tree is.
+            path: the file in it.
+            module: the module that the factory is imported from today, with slashes; empty where a file was named.
+            name: the factory.
+            kwargs: its arguments.
+            limit: seconds it may take, from when the process is ready.
+        """
         answer = self._folder / "answer.json"
         answer.unlink(missing_ok=True)
-        first = self._process is None or self._process.poll() is not None
-        process = self._start() if first else self._process
-        assert process is not None
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
         assert process.stdin is not None
-        request = {"folder": str(folder), "path": path, "name": name, "kwargs": kwargs, "answer": str(answer)}
+        request = {"folder": str(folder), "path": path, "module": module, "name": name, "kwargs": kwargs, "answer": str(answer)}
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            line = self._lines.get(timeout=limit + (_GRACE if first else 0))
+            line = self._lines.get(timeout=limit)
         except queue.Empty:
             self._end()
             return {"error": f"took longer than {limit:g} s"}
@@ -75,6 +84,8 @@ class Worker:
         )
         self._process, self._lines = process, queue.Queue()
         threading.Thread(target=_forward, args=(process, self._lines), daemon=True).start()
+        with suppress(queue.Empty):
+            self._lines.get(timeout=_PATIENCE)  # it says so when it has imported torch
         return process
 
     def _end(self) -> None:

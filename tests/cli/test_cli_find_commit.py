@@ -35,7 +35,7 @@ def test_the_commit_is_reported(repo: Path) -> None:
     base = ["find-commit", "-f", "net:build", "--repo", str(repo), "--yes"]
     done = CliRunner().invoke(main, [*base, str(repo.parent / "old.pt")])
     assert done.exit_code == 0, done.output
-    assert "2 commits have 2 distinct versions of the model's code; 2 were tried, 0 could not be built, " in done.stdout
+    assert "2 commits; 2 distinct versions of the model's code were tried, 0 could not be built, " in done.stdout
     assert done.stdout.splitlines()[1].startswith("Exact fit: ")
     assert done.stdout.splitlines()[1].endswith("width 3")
     closest = CliRunner().invoke(main, [*base, "--json", str(repo.parent / "other.pt")])

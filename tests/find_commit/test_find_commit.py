@@ -107,8 +107,9 @@ def test_the_commit_is_found_before_a_rename_of_the_file(history: tuple[Git, dic
     assert found["80"] in [commit.id for commit in search.best.commits]
     assert search.best.commits[-1].subject == "change 80"
     assert search.n_commits == 200
-    assert 30 < search.n_versions < 70
-    assert len(seen) == len(search.tried) < search.n_versions
+    assert len(seen) == len(search.tried) < 60
+    assert [fit.commits[0] for _, _, fit in seen] == [fit.commits[0] for fit in search.tried]
+    assert {total for _, total, _ in seen} == {200}
     assert any("SyntaxError" in fit.error for fit in search.tried)
     assert git.state() == before
 
@@ -133,7 +134,7 @@ def test_without_an_exact_fit_the_closest_is_given_with_its_differences(history:
     assert not search.best.exact
     assert search.best.commits[-1].subject == "later 0"
     assert (search.best.missing, search.best.unexpected) == (("trunk.1.bias",), ("extra.weight",))
-    assert len(search.tried) == search.n_versions
+    assert sum(len(fit.commits) for fit in search.tried) == 200
     assert any(fit.error == "SystemExit: 3" for fit in search.tried)
 
 
@@ -157,6 +158,100 @@ def test_a_version_that_hangs_or_crashes_is_passed_over(small: Git) -> None:
     errors = [fit.error for fit in search.tried]
     assert "has no attribute" in errors[0]
     assert errors[1:] == ["took longer than 5 s", "the process that built it crashed", ""]
+
+
+NET = "from torch import nn\n\n\nclass {name}(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.fc = {layer}\n"
+
+
+def net(width: int, name: str = "Net", layer: str = "nn.Linear({}, 2)") -> str:
+    return NET.format(name=name, layer=layer.format(width))
+
+
+WIDTH = "from pathlib import Path\n\nwidth = int(Path({}).read_text())\n"
+BESIDE = net(0, layer="nn.Linear(width, 2)")
+HISTORIES: dict[str, tuple[str, list[tuple[dict[str, str], str]]]] = {
+    "another package changes": (
+        "pkg.net:Net",
+        [({"lib/parts.py": f"width = {width}\n", "pkg/net.py": "from lib.parts import width\n" + BESIDE}, "") for width in (3, 4, 5)],
+    ),
+    "a file that is read changes": (
+        "pkg.net:Net",
+        [({"cfg/net.txt": str(width), "pkg/net.py": WIDTH.format("'cfg/net.txt'") + BESIDE}, "") for width in (3, 4, 5)],
+    ),
+    "a module appears": (
+        "pkg.net:Net",
+        [
+            ({"lib/parts.py": "width = 3\n", "pkg/net.py": "from lib.parts import width\n" + BESIDE}, ""),
+            ({}, "D lib/parts.py\n"),
+            ({"notes.txt": ""}, ""),
+        ],
+    ),
+    "the class moves": (
+        "pkg.net:Net",
+        [
+            ({"pkg/all.py": net(3) + "\n\ndef other():\n    return 1\n"}, ""),
+            ({"pkg/all.py": "def other():\n    return 1\n", "pkg/net.py": net(4)}, ""),
+        ],
+    ),
+    "the class is renamed": ("net:NewNet", [({"net.py": net(3, "OldNet")}, ""), ({"net.py": net(4, "NewNet")}, "")]),
+    "a package below the given folder": (
+        "pkg.net:Net",
+        [
+            (
+                {
+                    "ml/pkg/__init__.py": "",
+                    "ml/pkg/parts.py": f"width = {width}\n",
+                    "ml/pkg/net.py": "from pkg.parts import width\n" + BESIDE,
+                },
+                "",
+            )
+            for width in (3, 4)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_whatever_changed_with_the_class_is_followed(name: str, tmp_path: Path) -> None:
+    factory, commits = HISTORIES[name]
+    git = Git(tmp_path / "repo")
+    for number, (files, lines) in enumerate(commits):
+        git.commit(f"commit {number}", files, lines=lines)
+    git.write()
+    place = git.root / "ml" if (git.root / "ml").exists() else git.root
+    search = find_commit(nn.ModuleDict({"fc": nn.Linear(3, 2)}).state_dict(), factory, place, run_old_code=True)
+    assert search.best is not None
+    assert search.best.exact
+    assert search.best.commits[0].subject == "commit 0"
+    assert search.best.factory.endswith(":OldNet" if "renamed" in name else ":Net")
+
+
+def test_a_submodule_a_worktree_and_a_shallow_clone_stay_as_they_are(tmp_path: Path) -> None:
+    library, git = Git(tmp_path / "library"), Git(tmp_path / "repo")
+    library.commit("parts", {"parts.py": "width = 3\n"})
+    library.write()
+    git.commit("start", {"notes.txt": ""})
+    git.write()
+    who = ("-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false", "-c", "protocol.file.allow=always")
+    git(*who, "submodule", "--quiet", "add", str(library.root), "lib")
+    for number in (3, 4):
+        layer = "__import__('lib.parts').parts.width" if number == 3 else "4"
+        (git.root / "net.py").write_text(net(0, layer=f"nn.Linear({layer}, 2)"))
+        git("add", "-A")
+        git(*who, "commit", "-q", "-m", f"width {number}")
+    (git.root / "net.py").write_text("not committed, and broken (")
+    state = nn.ModuleDict({"fc": nn.Linear(3, 2)}).state_dict()
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "worktree"))
+    git("clone", "-q", "--depth", "1", git.root.as_uri(), str(tmp_path / "shallow"))
+    before = git.state()
+    search = find_commit(state, "net:Net", git.root, run_old_code=True)
+    assert search.best is not None
+    assert (search.best.exact, search.best.commits[0].subject, search.shallow) == (True, "width 3", False)
+    assert git.state() == before
+    assert (git.root / "net.py").read_text() == "not committed, and broken ("
+    assert find_commit(state, "net:Net", tmp_path / "worktree", run_old_code=True).n_commits == 3
+    shallow = find_commit(state, "net:Net", tmp_path / "shallow", run_old_code=True)
+    assert (shallow.n_commits, shallow.shallow) == (1, True)
 
 
 def test_consent_repository_and_file_are_asked_for(small: Git, tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ def accept(mapping: KeyMapping, place: nn.Module | str | os.PathLike[str], *, ov
     """
     if mapping.questions:
         listed = ", ".join(question.id for question in mapping.questions)
-        raise MappingError(f"questions are open ({listed}); answer them with mapping.answer(question, option) before accepting the mapping")
+        raise MappingError(
+            f"questions are open ({listed}); answer them with mapping.answer(question, option), or on the page of `automatch review`, "
+            "before accepting the mapping"
+        )
     if mapping.source.spec is None or mapping.target.spec is None:
         raise MappingError("a mapping without the keys of both sides cannot be accepted; propose it again")
     folder = _folder_of(place)

@@ -81,13 +81,20 @@ def snapshot(
     }
 
 
-def save_snapshot(model: nn.Module, path: str | Path, *, sample: Any = None) -> Path:
+def save_snapshot(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    sample: Any = None,
+    optimizers: tuple[torch.optim.Optimizer, ...] | list[torch.optim.Optimizer] = (),
+) -> Path:
     """Write ``model``'s snapshot into the checkpoint at ``path``, or a new checkpoint with its weights if there is none.
 
     Args:
         model: the model.
         path: a file that `torch.save` wrote (a dict), or a new file.
         sample: a small batch, as for `snapshot`.
+        optimizers: optimizers whose parameter order is kept, in the checkpoint's order.
 
     Raises:
         CheckpointError: the file is no dict that `torch.load(weights_only=True)` reads; it is left as it was.
@@ -110,7 +117,7 @@ def save_snapshot(model: nn.Module, path: str | Path, *, sample: Any = None) -> 
         if all(isinstance(value, torch.Tensor) for value in content.values()):  # a bare state_dict stays one by being wrapped
             content = {"state_dict": content}
     buffer = io.BytesIO()
-    torch.save({**content, KEY: snapshot(model, sample=sample)}, buffer)
+    torch.save({**content, KEY: snapshot(model, sample=sample, optimizers=optimizers)}, buffer)
     return write_atomically(path, buffer.getvalue())
 
 

@@ -22,7 +22,7 @@ def command(ctx: click.Context, ckpt: str, extract: Path | None, as_json: bool) 
     """Show the snapshot inside CKPT: the model's class, commit, library versions, sources and golden batch.
 
     Nothing in it is executed. Exits with 1 if there is none; `automatch.save_snapshot` and the Lightning callback
-    `Snapshot` write it.
+    `SaveSnapshot` write it.
     """
     from automatch import read_snapshot
 
@@ -35,7 +35,7 @@ def command(ctx: click.Context, ckpt: str, extract: Path | None, as_json: bool) 
         console.say_json(facts)
     else:
         for name, value in facts.items():
-            console.say(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            console.say(f"{name}: {_printable(', '.join(map(str, value)) if isinstance(value, list) else str(value))}")
     if extract:
         console.note(f"{_extract(found.sources, extract)} files written to {extract}; read them before you run them")
     ctx.exit(OK)
@@ -53,20 +53,29 @@ def _facts(found: Snapshot) -> dict[str, Any]:
     }
 
 
+def _printable(text: str) -> str:
+    """The text with what steers a terminal written out, as the file may come from anybody."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _extract(sources: dict[str, str], folder: Path) -> int:
     """Write the sources below a new folder; a path that would leave it is an error before anything is written."""
     from automatch import CheckpointError
 
+    paths = {PurePosixPath(name): text for name, text in sources.items()}
+    folders = {parent for path in paths for parent in path.parents}
     for name in sources:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name or not path.parts:
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
             raise CheckpointError(f"the snapshot names a source file {name!a} outside of its folder; nothing is written")
+        if path in folders or not name.isprintable():
+            raise CheckpointError(f"the snapshot names a source file {name!a}, which cannot be a file's name here; nothing is written")
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise click.BadParameter(f"{folder} exists already; name a new folder", param_hint="--extract") from error
-    for name, text in sources.items():
-        target = folder.joinpath(*PurePosixPath(name).parts)
+    for path, text in paths.items():
+        target = folder.joinpath(*path.parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
-    return len(sources)
+    return len(paths)

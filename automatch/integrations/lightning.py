@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from automatch.matching import Pins
 
 Checkpoint = dict[str, Any]
+_OTHER_WAYS = (
+    "In Lightning the names are read from the checkpoint's snapshot: the callback SaveSnapshot keeps it there, and "
+    "automatch.save_snapshot(old_model, path, optimizers=[...]) adds it. load_from_checkpoint, and fit without ckpt_path, begin with a "
+    "new optimizer."
+)
 
 
 class _Remapper:
@@ -74,8 +79,9 @@ class _Remapper:
             return
         try:
             checkpoint["optimizer_states"] = self._moved(plan, model, checkpoint, saved, optimizers)
-        except AutomatchError:
+        except AutomatchError as error:
             replace_values(model, before)
+            error.add_note(_OTHER_WAYS)
             raise
 
     @staticmethod

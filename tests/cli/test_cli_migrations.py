@@ -89,14 +89,34 @@ def test_snapshot_is_shown_and_its_sources_extracted(cli, project: Path) -> None
 
 @pytest.mark.parametrize("name", ["../evil.py", "/tmp/evil.py", "a/../../evil.py", "..\\evil.py", "C:evil.py"])
 def test_sources_never_leave_their_folder(cli, project: Path, name: str) -> None:
-    automatch.save_snapshot(nn.Linear(3, 3), "s.pt")
-    loaded = torch.load("s.pt", weights_only=True)
-    loaded["automatch_snapshot"]["sources"] = automatch_pack({"fine.py": "", name: "boom"})
-    torch.save(loaded, "s.pt")
+    save_with({"sources": automatch_pack({"fine.py": "", name: "boom"})})
     result = cli("snapshot", "s.pt", "--extract", "out")
     assert result.exit_code == 2
     assert "outside of its folder; nothing is written" in result.stderr
     assert not (project / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("a", "a/b.py"), ("a\x1b[31m.py", "b.py"), ("a\0.py", "b.py")])
+def test_sources_that_cannot_be_files_are_not_written(cli, project: Path, names: tuple[str, str]) -> None:
+    save_with({"sources": automatch_pack(dict.fromkeys(names, ""))})
+    result = cli("snapshot", "s.pt", "--extract", "out")
+    assert result.exit_code == 2
+    assert "cannot be a file's name here; nothing is written" in result.stderr
+    assert not (project / "out").exists()
+
+
+def test_a_snapshot_does_not_steer_the_terminal(cli, project: Path) -> None:
+    save_with({"model": "net\x1b[2J\x1b]0;owned\x07", "versions": {"torch": "2\n3"}})
+    shown = cli("snapshot", "s.pt").stdout
+    assert "model: net\\x1b[2J\\x1b]0;owned\\x07\n" in shown
+    assert "versions: torch 2\\n3\n" in shown
+
+
+def save_with(changes: dict[str, object]) -> None:
+    automatch.save_snapshot(nn.Linear(3, 3), "s.pt")
+    loaded = torch.load("s.pt", weights_only=True)
+    loaded["automatch_snapshot"].update(changes)
+    torch.save(loaded, "s.pt")
 
 
 def automatch_pack(data: object) -> str:

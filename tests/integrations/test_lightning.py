@@ -280,6 +280,7 @@ def test_optimizer_states_that_cannot_follow_leave_the_module_as_it_was(pl, tmp_
     refactored = modules(pl, "adam", 1)[1]()
     before = snapshot_of(refactored)
     match = automatch.lightning.AutoMatch(mapping=mapping_of(v2(), torch.load(path)["state_dict"], FEEDS))
-    with pytest.raises(automatch.MappingError, match="has 2 parameter groups, the new one has 1"):
+    with pytest.raises(automatch.MappingError, match="has 2 parameter groups, the new one has 1") as error:
         fit(pl, refactored, 6, tmp_path, [match], path)
+    assert "SaveSnapshot" in error.value.__notes__[0]
     assert_unchanged(refactored, before)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ABOUT = (
     "Processor time, which other work on the machine changes little. What grows with the number of ranks is the broadcast alone, which",
-    "goes through the process group's own tree; each rank plans for itself, and none gathers the plans of the others.",
+    "every rank takes, compressed, from the process group's key-value store (measured with real TCP connections, server and ranks in one",
+    "process). Each rank plans for itself, and none gathers the plans of the others.",
 )
 KEYS = 100_000
 SHAPE = (1024, 64)
@@ -38,7 +41,6 @@ def scale_tables(folder: Path, keys: int) -> list[str]:
 
 def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | None, int | None]]:
     """(step, seconds, bytes) of loading on one rank of many."""
-    from automatch.distributed._collection import no_collection
     from automatch.distributed.planner import MappedLoadPlanner
     from automatch.distributed.storage import DirectoryReader, identity
 
@@ -54,12 +56,14 @@ def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | 
     seconds, _ = timed(lambda: identity(path))
     yield "every rank: digest of the checkpoint", seconds, None
     mapping = make_mapping()
-    with no_collection():
-        seconds, payload = timed(lambda: pickle.dumps((mapping.matches, metadata)))
-    yield "rank 0: pickle mapping and metadata for the broadcast", seconds, len(payload)
-    with no_collection():  # as `Crew.broadcast` does
-        seconds, _ = timed(lambda: pickle.loads(payload))
-    yield "every rank: unpickle the broadcast", seconds, None
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    seconds, _ = timed(lambda: crew_on(store).hand_out((mapping.matches, metadata)))
+    size = int(store.get("value"))
+    yield "rank 0: pickle, compress and store mapping and metadata for the broadcast", seconds, size
+    seconds, _ = timed(crew_on(store).receive)
+    yield "every rank: take, decompress and unpickle the broadcast", seconds, size
+    seconds, _ = timed(lambda: take(store, ranks, size))
+    yield f"store and ranks: bring the broadcast to {ranks} ranks", seconds, size * ranks
     spec = mapping.target.spec
     assert spec is not None
     seconds, _ = timed(lambda: type(spec)(spec.tensors).fingerprint)
@@ -74,6 +78,25 @@ def costs(folder: Path, chunks: int, ranks: int) -> Iterator[tuple[str, float | 
     yield "every rank of plain DCP, right names: plan the reads", seconds, None
     yield f"rank 0 of plain DCP: gathers the plans of {ranks} ranks (automatch does not)", None, nbytes * ranks
     torch.distributed.destroy_process_group()
+
+
+def crew_on(store: dist.Store) -> Any:
+    """A rank as far as the broadcast goes."""
+    from automatch.distributed.crew import Crew
+
+    crew = Crew()
+    crew._store = store
+    return crew
+
+
+def take(store: dist.TCPStore, ranks: int, size: int) -> None:
+    """What the store sends to all ranks, each over a connection of its own."""
+    from automatch.distributed.crew import _PIECE
+
+    clients = [dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False) for _ in range(ranks)]
+    with ThreadPoolExecutor(32) as pool:
+        taken = pool.map(lambda client: sum(len(client.get(f"value/{start}")) for start in range(0, size, _PIECE)), clients)
+        assert sum(taken) == size * ranks
 
 
 def make_metadata(chunks: int) -> Any:
@@ -110,7 +133,6 @@ def make_mapping() -> Any:
 
 def make_state(ranks: int, name: Callable[[int], str] = new_key) -> dict[str, Any]:
     """One rank's part of a model that is sharded over all ranks."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,11 +30,12 @@ class Verification:
     """What running the model has shown.
 
     Args:
-        proven: True if the output is the golden one, False if it is not, None if that cannot be told.
+        proven: True if the output is the golden one, False if it is not, whatever the answers to open questions, None if
+            that cannot be told.
         text: one sentence for a person.
         mapping: the mapping, with the questions settled that the batch could settle.
         error: largest difference from the golden output, relative to its size (nan with a score).
-        tried: how many loads were run.
+        tried: how many answers were loaded and judged, at most the budget.
         first_difference: the first module whose output differs, or None.
     """
 
@@ -123,13 +123,13 @@ class _Trial:
         """Load the copy with what ``mapping`` says, on top of its initial values."""
         from automatch.atomic import replace_values
 
-        self.tried += 1
         state = dict(convert(mapping.matches, self.checkpoint, self.target, self.initial))
         replace_values(self.model, complete_state(state, self.target, self.initial))
 
     def error(self, mapping: KeyMapping) -> float:
         """How far the output is from the golden one."""
         assert self.golden is not None
+        self.tried += 1
         self.put(mapping)
         return self.golden.error(run(self.model, self.golden.sample))
 
@@ -139,7 +139,9 @@ class _Trial:
         for questions in (self.mapping.questions, rotary_questions(self.mapping)):
             if questions is not self.mapping.questions and not questions:
                 continue
-            for option_numbers, answered in itertools.islice(_answers(best, questions), budget - self.tried):
+            for option_numbers, answered in _answers(best, questions):
+                if self.tried >= budget:
+                    return self._wrong(best, best_error, cut=True)
                 error = self.error(answered)
                 if error <= TOLERANCE:
                     return self._proven(answered, error, questions, option_numbers, budget)
@@ -150,27 +152,28 @@ class _Trial:
     def _proven(
         self, right: KeyMapping, error: float, questions: tuple[Question, ...], options: tuple[int, ...], budget: int
     ) -> Verification:
-        """The output is right; but a question that has another answer with the same output stays open."""
+        """The output is right; but a question that has another answer with the same output stays open, or one that was not tried."""
         undecided: list[Question] = []
+        untried: list[Question] = []
         for question, taken in zip(questions, options, strict=True):
-            others = [option for number, option in enumerate(question.options) if number != taken]
-            if question.id != ROTARY and any(self._also_right(right, question, option, budget) for option in others):
+            others = [option for number, option in enumerate(question.options) if number != taken and question.id != ROTARY]
+            left = budget - self.tried
+            if any(self.error(_answer(right, question, option)) <= TOLERANCE for option in others[:left]):
                 undecided.append(question)
+            elif len(others) > left:
+                untried.append(question)
         self.put(right)
         if not self._is_sensitive():
             text = "the golden output does not depend on the weights; the batch cannot tell"
             return Verification(None, text, self.mapping, error, self.tried)
-        if undecided:
-            keys = {key for question in undecided for key in question.keys}
+        if undecided or untried:
+            keys = {key for question in (*undecided, *untried) for key in question.keys}
             asked = [match for match in self.mapping.matches if match.target in keys]
-            left = right.with_matches([*(m for m in right.matches if m.target not in keys), *asked], questions=undecided)
-            text = f"the output is the golden one, but whatever the answer to {', '.join(q.id for q in undecided)}; the batch cannot tell"
-            return Verification(None, text, left, error, self.tried)
+            open_questions = [question for question in questions if question in undecided or question in untried]
+            still_open = right.with_matches([*(m for m in right.matches if m.target not in keys), *asked], questions=open_questions)
+            return Verification(None, _open_text(undecided, untried, budget), still_open, error, self.tried)
         text = f"proven: the output is the golden one (largest difference {error:.1e} of its size, {self.tried} loads tried)"
         return Verification(True, text, right, error, self.tried)
-
-    def _also_right(self, right: KeyMapping, question: Question, option: Option, budget: int) -> bool:
-        return self.tried >= budget or self.error(_answer(right, question, option)) <= TOLERANCE
 
     def _is_sensitive(self) -> bool:
         """Whether other weights give another output."""
@@ -183,11 +186,14 @@ class _Trial:
                     parameter.mul_(-1.5).add_(0.01)
         return self.golden.error(run(self.model, self.golden.sample)) > TOLERANCE
 
-    def _wrong(self, best: KeyMapping, error: float) -> Verification:
+    def _wrong(self, best: KeyMapping, error: float, cut: bool = False) -> Verification:
         first = self._first_difference(best)
         place = f"; the first module that differs is {first!r}" if first else ""
-        text = f"wrong: the output is not the golden one (largest difference {error:.1e} of its size, {self.tried} loads tried){place}"
-        return Verification(False, text, self.mapping, error, self.tried, first)
+        told = f"(largest difference {error:.1e} of its size, {self.tried} loads tried){place}"
+        if cut:
+            text = f"not settled: no answer tried gives the golden output {told}; there are more, raise the budget"
+            return Verification(None, text, self.mapping, error, self.tried, first)
+        return Verification(False, f"wrong: the output is not the golden one {told}", self.mapping, error, self.tried, first)
 
     def _first_difference(self, mapping: KeyMapping) -> str | None:
         """The first module, in the order of calls, that gives another output than the old module it was loaded from."""
@@ -230,11 +236,21 @@ class _Trial:
         import torch
 
         assert self.score is not None
+        self.tried += 1
         self.put(mapping)
         self.model.eval()
         with torch.no_grad():
             score = float(self.score(self.model))
         return -math.inf if math.isnan(score) else score
+
+
+def _open_text(undecided: list[Question], untried: list[Question], budget: int) -> str:
+    text = "the output is the golden one"
+    if undecided:
+        text += f", but whatever the answer to {', '.join(question.id for question in undecided)}; the batch cannot tell"
+    if untried:
+        text += f"; other answers to {', '.join(question.id for question in untried)} were not tried within the budget of {budget}"
+    return text
 
 
 def _is_tie(scores: list[float]) -> bool:
@@ -272,12 +288,8 @@ def _module_pairs(mapping: KeyMapping) -> dict[str, str]:
     """For each module of the model the checkpoint's module that feeds it, where that is one."""
     pairs: dict[str, set[str]] = {}
     for match in mapping.matches:
-        pairs.setdefault(_owner(match.target), set()).update(_owner(key) for key in match.sources)
+        pairs.setdefault(match.target.rpartition(".")[0], set()).update(key.rpartition(".")[0] for key in match.sources)
     return {new: next(iter(old)) for new, old in pairs.items() if len(old) == 1}
-
-
-def _owner(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _alike(figures: tuple[float, float, float], golden: tuple[float, float, float]) -> bool:

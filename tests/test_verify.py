@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from handmade import assert_unchanged, mapping_of, snapshot_of
@@ -51,6 +53,12 @@ def pair(gate: str, up: str) -> tuple[Match, ...]:
 def gate_question(crossed_first: bool = True) -> Question:
     options = (Option("w3 is the gate", pair("w3", "w1"), 0.6), Option("w1 is the gate", pair("w1", "w3"), 0.4))
     return Question("q1", "which is the gate?", options if crossed_first else options[::-1], ("gate.weight", "up.weight"))
+
+
+def likely_first(question: Question) -> Question:
+    """The same question, with the right answer thought the likelier one."""
+    wrong, right = question.options
+    return replace(question, options=(replace(wrong, confidence=0.1), replace(right, confidence=0.9)))
 
 
 def test_a_right_mapping_is_proven(old, new, tmp_path):
@@ -161,8 +169,21 @@ def test_a_compiled_model_is_run_as_it_is_written(old, new):
 def test_the_budget_is_kept(old, new):
     ckpt = old.state_dict()
     mapping = mapping_of(new, ckpt, {"down.weight": "w2.weight"}, questions=(gate_question(),))
-    result = mapping.verify(new, ckpt, golden=record_golden(old, SAMPLE), budget=1)
-    assert (result.proven, result.tried) == (False, 2)  # the second load looks for the first module that differs
+    golden = record_golden(old, SAMPLE)
+    result = mapping.verify(new, ckpt, golden=golden, budget=1)
+    assert (result.proven, result.tried) == (None, 1)
+    assert result.text.startswith("not settled: no answer tried gives the golden output")
+    assert result.first_difference == "down"
+    likely = mapping_of(new, ckpt, {"down.weight": "w2.weight"}, questions=(replace(gate_question(), options=gate_question().options[1:]),))
+    first_right = mapping_of(new, ckpt, {"down.weight": "w2.weight"}, questions=(likely_first(gate_question()),))
+    result = first_right.verify(new, ckpt, golden=golden, budget=1)
+    assert (result.proven, result.tried, result.mapping.questions) == (None, 1, first_right.questions)
+    assert "other answers to q1 were not tried within the budget of 1" in result.text
+    result = first_right.verify(new, ckpt, golden=golden, budget=2)
+    assert (result.proven, result.tried) == (True, 2)
+    assert likely.verify(new, ckpt, golden=golden, budget=1).proven
+    many = mapping.verify(new, ckpt, score=lambda model: 0.0, budget=1)
+    assert (many.tried, many.mapping.questions) == (1, mapping.questions)
     with pytest.raises(MappingError, match="budget must be at least 1, got 0"):
         mapping.verify(new, ckpt, golden=record_golden(old, SAMPLE), budget=0)
 

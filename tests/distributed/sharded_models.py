@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from automatch.mapping import KeyMapping, Match, Side
 from automatch.specs import spec_of_model
@@ -146,3 +152,55 @@ def split_back() -> list[Match]:
             for i, source in enumerate(match.sources):
                 back.append(Match(source, (match.target,), chain(undo, Slice(0, i * WIDTH, WIDTH)), confidence=1.0, decided=True))
     return back
+
+
+class Tied(nn.Module):
+    """Two keys of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens))
+
+
+def shard(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """FSDP2 on one dimension of the mesh, tensor parallel on the other if there is one."""
+    if len(shape) == 2:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        for block in model.blocks if isinstance(model, New) else ():
+            parallelize_module(block, mesh["tp"], {"qkv": ColwiseParallel(), "fc_out": RowwiseParallel()})
+        dp = mesh["dp"]
+    else:
+        dp = init_device_mesh("cpu", shape)
+    for block in model.blocks if isinstance(model, New) else model.layers:
+        fully_shard(block, mesh=dp)
+    return fully_shard(model, mesh=dp)
+
+
+def full(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors on every rank."""
+    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for key, value in state.items()}
+
+
+def check_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Equal keys and, bit for bit, equal values."""
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(got[key], value), key
+
+
+def trained_old() -> tuple[Old, torch.optim.Optimizer]:
+    """`Old` and its optimizer after two steps; the head has settings of its own."""
+    model = old_model()
+    optimizer = torch.optim.AdamW(
+        [{"params": [*model.head.parameters()], "lr": 0.5}, {"params": [p for n, p in model.named_parameters() if "head" not in n]}]
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randint(0, 13, (4, 5))).pow(2).mean().backward()
+        optimizer.step()
+    return model, optimizer

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import click
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from click.testing import CliRunner
+from conversions import LIMIT, contents, convert_some
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharded_models import New, Old, expected, mapping_of, matches, new_model, old_model, split_back
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from worlds import HANG, run_ranks, save_alone, values
+from worlds import run_ranks, save_alone, values
 
 import automatch.distributed.conversion
 import automatch.distributed.shard_files
 import automatch.distributed.shards
-from automatch.cli import main
-from automatch.cli.convert_distributed import size
 from automatch.distributed import convert, load
 from automatch.distributed.shards import Output, assign
 from automatch.errors import CheckpointError, LoadError, MappingError
@@ -38,27 +29,6 @@ from automatch.mapping import Match
 from automatch.transforms import apply_transform
 
 pytestmark = pytest.mark.distributed
-TIMEOUT = 4  # seconds without a sign of life after which the tests' ranks give a killed one up
-LIMIT = 3000  # bytes: small files, so that there are many
-
-
-def trained_old() -> tuple[Old, torch.optim.Optimizer]:
-    model = old_model()
-    optimizer = torch.optim.AdamW(
-        [{"params": [*model.head.parameters()], "lr": 0.5}, {"params": [p for n, p in model.named_parameters() if "head" not in n]}]
-    )
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randint(0, 13, (4, 5))).pow(2).mean().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, optimizer = trained_old()
-    state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
-    return save_alone(state | {"epoch": 3}, tmp_path_factory.mktemp("trained") / "old")
 
 
 @pytest.fixture(scope="module")
@@ -72,54 +42,10 @@ def identity_matches() -> list[Match]:
     return [Match(key, (key,), decided=True) for key in Old().state_dict()]
 
 
-def die(*_: Any, **__: Any) -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_where(where: str) -> None:
-    """Let this rank kill itself: in its third file (when that has begun), or at a step of rank 0 when all files are there."""
-    files = automatch.distributed.shard_files
-    write, count = files.ShardFiles.write, 0
-
-    def dying_write(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        write(*args[:-1], map(die, args[-1]) if count == 3 else args[-1])
-
-    if where == "file":
-        files.ShardFiles.write = dying_write  # type: ignore[method-assign]
-    elif where == "index":
-        files.ShardFiles._write_index = files.ShardFiles._write_metadata = die  # type: ignore[method-assign]
-    elif where == "name":
-        files.shutil = SimpleNamespace(rmtree=die)  # type: ignore[assignment]
-
-
-def convert_some(rank: int, source: Path, out: Path, to: str, victim: int | None, where: str = "file") -> Any:
-    """Convert; rank ``victim`` kills itself on the way."""
-    if rank == victim:
-        die_where(where)
-    seen: list[tuple[int, int]] = []
-    mapping = mapping_of(Old(), New())
-    report = convert(
-        source,
-        out,
-        mapping,
-        to=to,
-        max_shard_bytes=LIMIT,
-        timeout=60 if victim is None else TIMEOUT,
-        progress=lambda *done: seen.append(done),
-    )
-    return report, seen
-
-
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     files = {name: load_file(folder / name) for name in set(names.values())}
     return {key: files[name][key] for key, name in names.items()}
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    return {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir() if file.is_file()}
 
 
 def test_a_dcp_directory_becomes_a_folder(trained: Path, old_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -136,57 +62,6 @@ def test_a_dcp_directory_becomes_a_folder(trained: Path, old_state: dict[str, to
         with safe_open(name, "pt") as file:
             assert file.metadata() == {"format": "pt"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-
-
-@pytest.mark.parametrize(
-    ("victim", "where", "to"),
-    [(0, "file", "safetensors"), (1, "file", "safetensors"), (1, "file", "dcp"), (0, "index", "safetensors"), (0, "index", "dcp")],
-)
-def test_a_killed_conversion_is_taken_up_where_it_stopped(trained: Path, tmp_path: Path, victim: int, where: str, to: str) -> None:
-    """Rank 0 holds the store of the process group, so its death is noticed in another way than that of rank 1."""
-    before, out, work = contents(trained), tmp_path / "out", tmp_path / "out.incomplete"
-    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, to, victim, where)
-    assert outcomes[victim].signal == signal.SIGKILL
-    error = outcomes[1 - victim].error or ""
-    noticed = f"rank {victim}: no sign of life for {TIMEOUT} s" + ("" if victim else "|the rank that holds it has died")
-    assert re.match(rf"RankLostError: .*({noticed})", error)
-    assert error.endswith("Complete shards are kept for the next call")
-    assert not out.exists()
-    files = contents(work)
-    complete = {json.loads(path.read_text())["file"] for path in (work / ".automatch").glob("[0-9]*.json")}
-    kept = {name: files[name] for name in complete}
-    assert len(kept) >= 2
-    (work / "model-00099-of-00099.safetensors").write_bytes(b"half a file")
-    results = values(run_ranks(4, convert_some, tmp_path, trained, out, to, None))
-    assert results[0][0].n_reused == len(kept)
-    after = contents(out)
-    assert {name: after[name] for name in kept} == kept, "complete shards were written again"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert contents(trained) == before
-    check_converted(out, trained)
-
-
-def check_converted(out: Path, source: Path) -> None:
-    """All values of a converted directory are those that a load of its source gives."""
-    got, wanted = new_model(), new_model(seed=2)
-    load(got, out, mapping_of(New(), New(), [Match(key, (key,), decided=True) for key in New().state_dict()]))
-    load(wanted, source, mapping_of(Old(), New()))
-    assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), wanted.state_dict().values(), strict=True))
-
-
-def test_a_conversion_killed_when_it_had_its_name_is_complete(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    outcomes = run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", 0, "name")
-    assert outcomes[0].signal == signal.SIGKILL
-    before = {name: state for name, state in contents(out).items() if name.endswith(".safetensors")}
-    other = mapping_of(Old(), New(), matches()[1:])
-    with pytest.raises(CheckpointError, match="out' exists; name a new directory"):
-        convert(trained, out, other, max_shard_bytes=LIMIT)
-    results = values(run_ranks(2, convert_some, tmp_path, trained, out, "safetensors", None))
-    assert results[0][0].n_reused == results[0][0].n_shards == len(before)
-    assert contents(out).items() >= before.items()
-    assert not (out / ".automatch").exists()
-    check_converted(out, trained)
 
 
 def test_a_dcp_directory_keeps_optimizer_and_objects(trained: Path, tmp_path: Path) -> None:
@@ -328,49 +203,3 @@ def test_a_mapping_for_another_checkpoint_is_refused(trained: Path, tmp_path: Pa
 def test_work_is_split_by_bytes() -> None:
     assert assign({0: 5, 1: 3, 2: 3, 3: 1}, 2) == [[0, 3], [1, 2]]
     assert assign({}, 3) == [[], [], []]
-
-
-def test_torchrun_speaks_with_one_voice(trained: Path, tmp_path: Path) -> None:
-    mapping = mapping_of(Old(), New()).save(tmp_path / "mapping.json")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "automatch", "convert-distributed"]
-    arguments = [str(trained), "--mapping", str(mapping), "-o", str(tmp_path / "out"), "--max-shard-size", "3kB"]
-    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=HANG, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "30 tensors, 24,356 bytes in" in done.stdout
-    assert done.stderr.count("Note: ") == 1
-
-
-def command_line(rank: int, *arguments: str) -> tuple[int, str, str]:
-    os.environ["RANK"] = str(rank)
-    done = CliRunner().invoke(main, ["convert-distributed", *arguments])
-    return done.exit_code, done.stdout, done.stderr
-
-
-def test_errors_are_said_once(trained: Path, tmp_path: Path) -> None:
-    first, second = values(run_ranks(2, command_line, tmp_path, str(trained), "-o", str(tmp_path)))
-    assert first[:2] == (2, "")
-    assert "exists; name a new directory" in first[2]
-    assert second == (1, "", "")
-
-
-def test_an_incomplete_mapping_is_refused(trained: Path, tmp_path: Path) -> None:
-    path = mapping_of(Old(), New(), matches()[1:]).save(tmp_path / "mapping.json")
-    command = ["convert-distributed", str(trained), "--mapping", str(path), "-o", str(tmp_path / "out")]
-    refused = CliRunner().invoke(main, command)
-    assert refused.exit_code == 1
-    assert "Refused: 1 tensor of the model would stay without a source" in refused.stderr
-    assert "tokens.weight" in refused.stderr
-    written = CliRunner().invoke(main, [*command, "--partial", "--json"])
-    assert json.loads(written.stdout)["n_tensors"] == len(New().state_dict()) - 1
-
-
-@pytest.mark.parametrize(("text", "wanted"), [("7", 7), ("1.5kB", 1500), ("2GiB", 2**31), ("3 M", 3 * 10**6)])
-def test_sizes(text: str, wanted: int) -> None:
-    assert size(text) == wanted
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", "2TB", "1i"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="500MB or 2GiB"):
-        size(text)

@@ -8,21 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded_models import (
-    VOCABULARY,
-    WIDTH,
-    New,
-    Old,
-    Tied,
-    check_equal,
-    expected,
-    full,
-    mapping_of,
-    matches,
-    new_model,
-    old_model,
-    shard,
-)
+from sharded_models import VOCABULARY, WIDTH, New, Old, Tied, check_equal, expected, full, mapping_of, matches, new_model, old_model, shard
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
@@ -108,6 +94,35 @@ def test_optimizer_state_groups_and_objects_follow(tmp_path: Path) -> None:
                 assert torch.equal(loaded[f"{match.target}.{name}"], wanted)
                 assert torch.equal(again[0][f"{match.target}.{name}"], wanted)
                 assert loaded[f"{match.target}.step"] == 3
+
+
+def save_trained(rank: int, path: Path) -> None:
+    model = shard(old_model(), (torch.distributed.get_world_size(),))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(20).reshape(4, 5) % VOCABULARY).pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    dcp.save(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=path)
+
+
+def load_trained(rank: int, path: Path, mesh: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """What model and optimizer hold; on no mesh, what one process reads."""
+    model = new_model() if mesh is None else shard(new_model(), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # torch steps no list of tensors on several meshes
+    load(model, path, mapping_of(Old(), New()), optimizer=optimizer, timeout=60)
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    moments = {f"{key}.{name}": value for key, entry in state.items() for name, value in entry.items()}
+    return full(get_model_state_dict(model) | moments)
+
+
+@pytest.mark.parametrize(("writers", "mesh"), [(1, (2,)), (4, (2,)), (2, (2, 2))])
+def test_optimizer_state_changes_its_mesh_too(tmp_path: Path, writers: int, mesh: tuple[int, ...]) -> None:
+    path = tmp_path / "trained"
+    values(run_ranks(writers, save_trained, tmp_path, path))
+    wanted = load_trained(0, path, None)
+    assert any(value.any() for key, value in wanted.items() if key.endswith(".exp_avg"))
+    for got in values(run_ranks(2 * len(mesh), load_trained, tmp_path, path, mesh)):
+        check_equal(got, wanted)
 
 
 def test_what_describing_gave_an_optimizer_is_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ that defines the model, is committed with it, and is used by `automatch.load` be
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from automatch.errors import MappingError
 from automatch.mapping import KeyMapping, Side
 from automatch.specs import StateSpec
 from automatch.transforms import Transform
+from automatch.wrappers import plain_keys, plain_mapping, renamed_mapping, renamed_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,13 +49,23 @@ class Migration:
 
 def migrations_folder(model: nn.Module) -> Path | None:
     """Where the migrations of a model belong: beside the file of the first of its classes that is not installed."""
+    return next(_own_folders(type(module) for module in model.modules()), None)
+
+
+def migrations_folders(model: nn.Module) -> tuple[Path, ...]:
+    """Where migrations of a model may lie: where they belong, and beside the classes that its own class is derived from."""
+    own = getattr(model, "_orig_mod", model)
+    places = dict.fromkeys([migrations_folder(own), *_own_folders(type(own).__mro__)])
+    return tuple(place for place in places if place is not None and place.is_dir())
+
+
+def _own_folders(kinds: Iterable[type]) -> Iterator[Path]:
     from automatch.provenance import source_file
 
-    for kind in dict.fromkeys(type(module) for module in model.modules()):
+    for kind in dict.fromkeys(kinds):
         path = source_file(kind)
         if path is not None:
-            return path.parent / FOLDER
-    return None
+            yield path.parent / FOLDER
 
 
 def accept(mapping: KeyMapping, place: nn.Module | str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -111,20 +122,35 @@ def _decisions(mapping: KeyMapping) -> dict[str, tuple[tuple[str, ...], Transfor
     return {match.target: (match.sources, match.transform) for match in mapping.matches}
 
 
-def find_migration(folder: Path, source: StateSpec, target: StateSpec) -> Migration | None:
-    """The reviewed way from a checkpoint to a model, over one or several migrations.
+def find_migration(folders: Iterable[Path], source: StateSpec, target: StateSpec) -> Migration | None:
+    """The reviewed way from a checkpoint to a model, over one or several migrations; wrapped and plain keys are one layout.
 
     Returns:
         The shortest chain, or None if no migration begins at this checkpoint.
 
     Raises:
         MappingError: migrations begin at this checkpoint but none leads to this model (stale), two ways disagree
-            (conflicting), or a file in the folder is damaged.
+            (conflicting), or a file in the folders is damaged.
     """
-    steps = [(path, KeyMapping.load(path)) for path in sorted(folder.glob("*.json"))]
-    for path, mapping in steps:
-        if mapping.source.spec is None or mapping.target.spec is None:
-            raise MappingError(f"migration {path} does not hold the keys of both sides; accept it again")
+    steps = [(path, _read(path)) for folder in folders for path in sorted(folder.glob("*.json"))]
+    if not steps:
+        return None
+    sources, targets = plain_keys(source), plain_keys(target)
+    found = _find(steps, renamed_spec(source, sources), renamed_spec(target, targets))
+    if found is None or all(key == name for names in (sources, targets) for key, name in names.items()):
+        return found
+    wrapped = [{name: key for key, name in names.items()} for names in (sources, targets)]
+    return replace(found, mapping=renamed_mapping(found.mapping, source, wrapped[0], target, wrapped[1]))
+
+
+def _read(path: Path) -> KeyMapping:
+    mapping = KeyMapping.load(path)
+    if mapping.source.spec is None or mapping.target.spec is None:
+        raise MappingError(f"migration {path} does not hold the keys of both sides; accept it again")
+    return plain_mapping(mapping)
+
+
+def _find(steps: Sequence[Step], source: StateSpec, target: StateSpec) -> Migration | None:
     begin = [step for step in steps if _same(step[1].source, source)]
     if first_difference(source, target) is None:  # it fits as it is; only a migration of its own may say otherwise
         chains = [(step,) for step in begin if _same(step[1].target, target)]
@@ -140,7 +166,7 @@ def find_migration(folder: Path, source: StateSpec, target: StateSpec) -> Migrat
         differing = _decisions(best.mapping).items() ^ _decisions(other.mapping).items()
         if differing:
             raise MappingError(
-                f"conflicting migrations in {folder}: {best.names} and {other.names} lead to the same model, "
+                f"conflicting migrations in {best.files[0].parent}: {best.names} and {other.names} lead to the same model, "
                 f"but differ for {min(key for key, _ in differing)!r}; delete the wrong one"
             )
     return best
@@ -184,7 +210,4 @@ def _stale(begin: Sequence[Step], target: StateSpec) -> str:
 
 def reviewed_mapping(model: nn.Module, source: StateSpec, target: StateSpec) -> Migration | None:
     """The migration from ``source`` to today's ``model``, from the folder beside its code; None if there is none."""
-    folder = migrations_folder(model)
-    if folder is None or not folder.is_dir():
-        return None
-    return find_migration(folder, source, target)
+    return find_migration(migrations_folders(model), source, target)

@@ -13,7 +13,7 @@ from automatch.adapt import pins_to_adapt, plan_adaptations
 from automatch.apply import check_side
 from automatch.errors import LoadError, TransformError
 from automatch.mapping import CONFIDENT, KeyMapping, Side
-from automatch.migrations import find_migration, migrations_folder
+from automatch.migrations import find_migration, migrations_folders
 from automatch.readers import open_checkpoint
 from automatch.refusal import explain_refusal, fed_keys, needed_keys, without_open_questions
 from automatch.specs import StateSpec, spec_of_model
@@ -91,11 +91,11 @@ def plan_load(
 
 def _reviewed(model: nn.Module, target: StateSpec, ckpt: Any, trust: bool) -> tuple[KeyMapping | None, tuple[str, ...]]:
     """A migration beside the model's code that leads from this checkpoint to it, and a note that says so."""
-    folder = migrations_folder(model)
-    if folder is None or not folder.is_dir():
+    folders = migrations_folders(model)
+    if not folders:
         return None, ()
     with open_checkpoint(ckpt, like=target, trust=trust) as checkpoint:
-        migration = find_migration(folder, checkpoint.spec, target)
+        migration = find_migration(folders, checkpoint.spec, target)
     if migration is None:
         return None, ()
     return migration.mapping, (f"loaded through the reviewed migration {migration.names}",)

@@ -74,6 +74,41 @@ def test_chains_compose(net):
     assert all(match.decided for match in report.mapping.matches)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_wrapped_models_and_checkpoints_use_the_same_migrations(net, wrap):
+    automatch.accept(step(net, V1, V2), net(V2))
+    wrapped_mapping = mapping_of(
+        wrap(net(V3)),
+        net(V2).state_dict(),
+        {
+            next(key for key in wrap(net(V3)).state_dict() if key.endswith(match.target)): match.sources[0]
+            for match in step(net, V2, V3).matches
+        },
+    )
+    automatch.accept(wrapped_mapping, net(V3))
+    old, plain = net(V1), net(V3)
+    for model, inner, ckpt in (
+        (wrap(plain), plain, old.state_dict()),
+        (plain, plain, wrap(old).state_dict()),
+        (wrap(plain), plain, wrap(old).state_dict()),
+    ):
+        nn.init.zeros_(inner.body.weight)
+        report = automatch.load(model, ckpt)
+        assert torch.equal(inner.body.weight, old.fc.weight)
+        assert torch.equal(inner.classifier.bias, old.out.bias)
+        assert any("reviewed migration" in text for text in report.warnings)
+
+
+def test_a_class_derived_elsewhere_uses_the_migrations_of_its_base(net):
+    automatch.accept(step(net, V1, V2), net(V2))
+
+    class Derived(net):
+        pass
+
+    assert automatch.check(Derived(V2), net(V1).state_dict()).how == "migrated"
+    assert migrations_folder(Derived(V2)) != migrations_folder(net(V2))
+
+
 def test_a_stale_migration_is_an_error_that_changes_nothing(net):
     path = automatch.accept(step(net, V1, V2), net(V2))
     model, ckpt = net(V3), net(V1).state_dict()
@@ -91,7 +126,7 @@ def test_todays_checkpoint_needs_no_migration(net):
     same = net(V1)
     automatch.load(model, same.state_dict(), threshold=0.5)  # begins a migration, but to another version of the model
     assert torch.equal(model.fc.weight, same.fc.weight)
-    assert find_migration(migrations_folder(model), spec_of_model(net(V3)), spec_of_model(net(V3))) is None
+    assert find_migration([migrations_folder(model)], spec_of_model(net(V3)), spec_of_model(net(V3))) is None
 
 
 def test_conflicting_migrations_are_an_error(net):
@@ -105,7 +140,7 @@ def test_conflicting_migrations_are_an_error(net):
 def test_agreeing_ways_are_no_conflict_and_the_shortest_is_taken(net):
     for mapping in (step(net, V1, V2), step(net, V2, V3), step(net, V1, V3)):
         automatch.accept(mapping, net(V3))
-    found = find_migration(migrations_folder(net(V3)), spec_of_state_dict(net(V1).state_dict()), spec_of_model(net(V3)))
+    found = find_migration([migrations_folder(net(V3))], spec_of_state_dict(net(V1).state_dict()), spec_of_model(net(V3)))
     assert len(found.files) == 1
 
 

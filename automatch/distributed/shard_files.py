@@ -69,10 +69,10 @@ class ShardFiles:
         if self.out.exists():
             self._reopen(plan)
         note = self._records / _PLAN
-        if self.work.exists():
+        if self.work.exists() and not self._is_blank():
             self._refuse_other(_read_json(note) or {}, plan)
         else:
-            self._records.mkdir(parents=True)
+            self._records.mkdir(parents=True, exist_ok=True)
             write_atomically(note, json.dumps(_note(plan)).encode())
         done = frozenset(shard for shard in range(len(plan.shards)) if self._is_done(shard, plan))
         kept = {self._name(shard, plan) for shard in done}
@@ -80,6 +80,10 @@ class ShardFiles:
             if file.is_file() and file.name not in kept:
                 file.unlink()
         return done
+
+    def _is_blank(self) -> bool:
+        """Whether a run ended before it had noted what it was to write."""
+        return not (self._records / _PLAN).is_file() and list(self.work.iterdir()) == [self._records]
 
     def _reopen(self, plan: Plan) -> None:
         """Take up a run that ended between naming the directory and clearing its records."""

@@ -13,8 +13,9 @@ from conversions import LIMIT, TIMEOUT, contents, convert_some
 from sharded_models import New, Old, mapping_of, matches, new_model
 from worlds import run_ranks, values
 
+import automatch.distributed.shard_files
 from automatch.distributed import convert, load
-from automatch.errors import CheckpointError
+from automatch.errors import CheckpointError, LoadError
 from automatch.mapping import Match
 
 pytestmark = pytest.mark.distributed
@@ -69,3 +70,13 @@ def test_a_conversion_killed_when_it_had_its_name_is_complete(trained: Path, tmp
     assert contents(out).items() >= before.items()
     assert not (out / ".automatch").exists()
     check_converted(out, trained)
+
+
+def test_a_conversion_that_ended_before_it_began_is_begun(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(automatch.distributed.shard_files, "write_atomically", None)
+        with pytest.raises(LoadError):
+            convert(trained, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.incomplete").rglob("*")] == [".automatch"]
+    assert convert(trained, tmp_path / "out").n_reused == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

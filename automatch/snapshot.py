@@ -6,6 +6,7 @@ executes nothing. Tensors of the golden batch are kept in the safetensors format
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def save_snapshot(
         optimizers: optimizers whose parameter order is kept, in the checkpoint's order.
 
     Raises:
-        CheckpointError: the file is no dict that `torch.load(weights_only=True)` reads; it is left as it was.
+        CheckpointError: the file is no dict that `torch.save` wrote and `torch.load(weights_only=True)` reads; it is left as it was.
     """
     import io
 
@@ -106,19 +107,33 @@ def save_snapshot(
     from automatch.files import write_atomically
 
     path = Path(path)
-    content: dict[str, Any] = {"state_dict": model.state_dict()}
-    if path.exists():
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"cannot add a snapshot to {str(path)!r}: {error}") from error
-        if not isinstance(cast(Any, content), dict) or any(not isinstance(key, str) for key in content):
-            raise CheckpointError(f"cannot add a snapshot to {str(path)!r}: it holds no dict of names")
-        if all(isinstance(value, torch.Tensor) for value in content.values()):  # a bare state_dict stays one by being wrapped
-            content = {"state_dict": content}
+    content = _content_of(path) if path.exists() else {"state_dict": model.state_dict()}
+    found = snapshot(model, sample=sample, optimizers=optimizers)
+    if all(isinstance(value, torch.Tensor) for value in content.values()):  # a bare state_dict stays one, for load_state_dict
+        metadata = getattr(content, "_metadata", {})
+        content = OrderedDict(content)
+        content._metadata = OrderedDict(metadata) | {KEY: found}  # type: ignore[attr-defined]
+    else:
+        content = {**content, KEY: found}
     buffer = io.BytesIO()
-    torch.save({**content, KEY: snapshot(model, sample=sample, optimizers=optimizers)}, buffer)
+    torch.save(content, buffer)
     return write_atomically(path, buffer.getvalue())
+
+
+def _content_of(path: Path) -> dict[str, Any]:
+    import torch
+
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and start[:2] != b"PK":  # torch.load reads safetensors too, which a pickle must not replace
+        raise CheckpointError(f"cannot add a snapshot to {str(path)!r}: it is a safetensors file; keep the snapshot in a file of its own")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot add a snapshot to {str(path)!r}: {error}") from error
+    if not isinstance(content, dict) or any(not isinstance(key, str) for key in content):
+        raise CheckpointError(f"cannot add a snapshot to {str(path)!r}: it holds no dict of names")
+    return cast("dict[str, Any]", content)
 
 
 def read_snapshot(ckpt: Any, *, trust: bool = False) -> Snapshot | None:
@@ -128,18 +143,24 @@ def read_snapshot(ckpt: Any, *, trust: bool = False) -> Snapshot | None:
         CheckpointError: the checkpoint cannot be read, or its snapshot is damaged.
     """
     if isinstance(ckpt, Mapping):
-        raw: Any = cast("Mapping[str, Any]", ckpt).get(KEY)
+        raw = _raw_in(ckpt, vars(ckpt) if isinstance(ckpt, OrderedDict) else None)
     else:
         with open_checkpoint(ckpt, trust=trust) as checkpoint:
             tree: Any = getattr(checkpoint, "tree", None)
             tree = getattr(tree, "root", tree)
-            raw = cast("Mapping[str, Any]", tree).get(KEY) if isinstance(tree, Mapping) else None
+            raw = _raw_in(tree, getattr(tree, "attributes", None))
     if raw is None:
         return None
     try:
         return _snapshot_from(raw)
     except Exception as error:  # whatever stands where a text or a number is expected
         raise CheckpointError(f"the snapshot in the checkpoint is damaged: {type(error).__name__}: {error}") from error
+
+
+def _raw_in(tree: Any, attributes: Any) -> Any:
+    """The snapshot among the entries of a checkpoint, or in the ``_metadata`` of a bare state_dict."""
+    places = (tree, cast("Mapping[str, Any]", attributes).get("_metadata") if isinstance(attributes, Mapping) else None)
+    return next((place[KEY] for place in places if isinstance(place, Mapping) and KEY in place), None)
 
 
 def _snapshot_from(raw: Any) -> Snapshot:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import automatch
@@ -98,8 +99,31 @@ def test_adding_to_a_checkpoint_keeps_what_is_in_it(package, tmp_path):
     assert automatch.read_snapshot({"model": loaded["model"]}) is None
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_bare_state_dict_stays_one(package, tmp_path, plain):
+    _, model = package
+    path = tmp_path / "bare.pt"
+    torch.save(dict(model.state_dict()) if plain else model.state_dict(), path)
+    automatch.save_snapshot(model, path, sample=torch.ones(2, 3))
+    loaded = torch.load(path, weights_only=True)
+    assert list(loaded) == ["fc.weight", "fc.bias"]
+    type(model)().load_state_dict(loaded)
+    for ckpt in (path, loaded):
+        assert automatch.read_snapshot(ckpt).model == "mine.models.block.Block"
+        assert automatch.propose_mapping(model, ckpt).verify(model, ckpt)
+    automatch.save_snapshot(model, path)
+    assert automatch.read_snapshot(path).golden is None
+
+
 def test_files_that_cannot_take_a_snapshot_stay_as_they_are(package, tmp_path):
     _, model = package
+    path = tmp_path / "c.safetensors"
+    for number in range(3):  # headers of several lengths
+        save_file(model.state_dict(), path, metadata={"note": "x" * 60 * number})
+        before = path.read_bytes()
+        with pytest.raises(CheckpointError, match=r"cannot add a snapshot to .*c.safetensors': it is a safetensors file"):
+            automatch.save_snapshot(model, path)  # torch.load may read it, and torch.save would make a pickle of it
+        assert path.read_bytes() == before
     path = tmp_path / "c.pt"
     for content in (b"not a checkpoint", b""):
         path.write_bytes(content)

@@ -88,7 +88,7 @@ def messages() -> list[str]:
     return lines
 
 
-def table(rows: list[tuple[str, Counter[str], Counter[str], Counter[str]]]) -> str:
+def table(rows: list[tuple[str, Counter[str], Counter[str], Counter[str]]], failed: list[str]) -> str:
     """The figures as Markdown."""
     lines = [
         "# Explaining error texts",
@@ -100,6 +100,8 @@ def table(rows: list[tuple[str, Counter[str], Counter[str], Counter[str]]]) -> s
         *messages(),
         "",
         "## Texts made of the corpus",
+        "",
+        f"Texts on which `explain` failed: {', '.join(failed) or 'none'}.",
         "",
         "| text | change | cases | pairs | right |",
         "|-|-|-|-|-|",
@@ -117,19 +119,24 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the cases with wrong pairs")
     arguments = parser.parse_args()
     rows: list[tuple[str, Counter[str], Counter[str], Counter[str]]] = []
+    failed: list[str] = []
     for text, cut in (("whole", None), ("cut off", 600)):
         cases, found, right = Counter[str](), Counter[str](), Counter[str]()
         for case in load_cases(arguments.patterns):
-            one_found, one_right = measure(case, cut)
+            try:
+                one_found, one_right = measure(case, cut)
+            except Exception as error:  # whatever it is, it is counted, and the other cases are measured
+                failed.append(f"{case['id']} ({text}: {error!r})")
+                continue
             cases.update(dict.fromkeys(one_found, 1))
             found += one_found
             right += one_right
             if arguments.show and one_found != one_right:
                 print(case["id"], text, {kind: (one_right[kind], count) for kind, count in one_found.items()})
         rows.append((text, cases, found, right))
-    print(table(rows))
+    print(table(rows, failed))
     if arguments.write:
-        RESULT.write_text(table(rows), encoding="utf-8")
+        RESULT.write_text(table(rows, failed), encoding="utf-8")
 
 
 if __name__ == "__main__":

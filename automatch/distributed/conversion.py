@@ -74,8 +74,8 @@ def convert(
     """Write a checkpoint under a mapping's keys; every rank calls it and writes its share of the bytes.
 
     The output is written beside ``out`` (``<out>.incomplete``) and gets its name when it is complete. Called again after
-    a crash, with any number of ranks, it goes on with the shards that are not complete. A rank
-    holds 64 MB in memory, or the tensor that is being written if that is larger.
+    a crash, with any number of ranks, it goes on with the shards that are not complete. A rank holds 16 MB in memory, or one
+    tensor that is larger.
 
     Args:
         checkpoint: a torch.distributed.checkpoint directory or a folder of safetensors files that every rank sees.

@@ -21,7 +21,7 @@ from automatch.specs import dtype_name
 from automatch.transforms import Copy, output_shape
 
 Format = Literal["safetensors", "dcp"]
-PORTION_BYTES = 64 * 10**6
+PORTION_BYTES = 16 * 10**6  # more of it costs more: memory is fetched anew, and does not stay in the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,88 +13,15 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from automatch.apply import open_source
-from automatch.errors import AutomatchError, LoadError, MissingExtraError, ModelError
-from automatch.load import LoadReport, report_of, values_of
+from automatch.errors import MissingExtraError, ModelError
+from automatch.integrations._remapper import Checkpoint, Remapper
+from automatch.load import LoadReport
 from automatch.mapping import CONFIDENT
-from automatch.optimizer import remap_optimizer_state
-from automatch.planning import LoadPlan, MappingLike, plan_load
-from automatch.snapshot import KEY, read_snapshot, snapshot
-from automatch.training import complete_state, remap_copies
+from automatch.planning import MappingLike
+from automatch.snapshot import KEY, snapshot
 
 if TYPE_CHECKING:
-    import torch
-
     from automatch.matching import Pins
-
-Checkpoint = dict[str, Any]
-_OTHER_WAYS = (
-    "In Lightning the names are read from the checkpoint's snapshot: the callback SaveSnapshot keeps it there, and "
-    "automatch.save_snapshot(old_model, path, optimizers=[...]) adds it. load_from_checkpoint, and fit without ckpt_path, begin with a "
-    "new optimizer."
-)
-
-
-class _Remapper:
-    """Puts a loaded Lightning checkpoint under a model's keys; the options are those of `automatch.load`."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = options
-        self.report: LoadReport | None = None
-        self.plan: LoadPlan | None = None
-        self.checkpoint: Checkpoint | None = None
-        self.before: dict[str, torch.Tensor] = {}
-
-    def weights(self, model: Any, checkpoint: Checkpoint, *, fitting: bool = False) -> None:
-        """Replace the weights in ``checkpoint``, and every copy of them; nothing is changed when it is refused.
-
-        With ``fitting``, `optimizers` is expected to follow.
-        """
-        state: dict[str, torch.Tensor] = checkpoint["state_dict"]
-        options: dict[str, Any] = dict(self.options)
-        if options.get("strict") is None:
-            options["strict"] = model.strict_loading
-        plan = plan_load(model, state, **options)
-        with open_source(plan.whole, state) as opened:
-            current = model.state_dict()
-            values = complete_state(values_of(plan, current, opened), plan.target, current)
-        others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-        moved = remap_copies(others, plan.chosen, model)
-        if fitting and checkpoint.get("optimizer_states"):  # they are moved later: should that fail, the weights are put back
-            self.before = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        checkpoint.update(moved)
-        checkpoint["state_dict"] = values
-        self.plan, self.checkpoint, self.report = plan, checkpoint if fitting else None, report_of(plan, model)
-
-    def optimizers(self, model: Any, optimizers: list[Any]) -> None:
-        """Replace the optimizer states in the checkpoint, once the model's new optimizers are there."""
-        checkpoint, plan = self.checkpoint, self.plan
-        if checkpoint is None or plan is None:
-            return
-        from automatch.atomic import replace_values
-
-        before, self.checkpoint, self.before = self.before, None, {}
-        saved: list[Any] = checkpoint.get("optimizer_states") or []
-        if not saved or not optimizers:
-            return
-        try:
-            checkpoint["optimizer_states"] = self._moved(plan, model, checkpoint, saved, optimizers)
-        except AutomatchError as error:
-            replace_values(model, before)
-            error.add_note(_OTHER_WAYS)
-            raise
-
-    @staticmethod
-    def _moved(plan: LoadPlan, model: Any, checkpoint: Checkpoint, saved: list[Any], optimizers: list[Any]) -> list[Any]:
-        if len(saved) != len(optimizers):
-            raise LoadError(f"the checkpoint holds the states of {len(saved)} optimizers, the module configures {len(optimizers)}")
-        found = read_snapshot(checkpoint)
-        known = found is not None and len(found.optimizers) == len(saved)
-        orders: list[Any] = list(found.optimizers) if found is not None and known else [None] * len(saved)
-        return [
-            remap_optimizer_state(state, plan.chosen, getattr(optimizer, "optimizer", optimizer), model, names=names)
-            for state, optimizer, names in zip(saved, optimizers, orders, strict=True)
-        ]
 
 
 class _Hooks:
@@ -110,7 +37,7 @@ class _Hooks:
         adapt: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self._remapper = _Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
+        self._remapper = Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
 
     @property
     def report(self) -> LoadReport | None:
@@ -119,6 +46,7 @@ class _Hooks:
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Have the checkpoint put under the module's keys before the module sees it."""
+        self._remapper.forget()
         before: Callable[[Checkpoint], None] = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: Checkpoint) -> None:
@@ -208,9 +136,14 @@ class AutoMatchMixin:
 
     automatch_options: Mapping[str, Any] = {}
 
+    def setup(self, stage: str) -> None:
+        """Forget a checkpoint whose run ended before its optimizers were there."""
+        self.__dict__.pop("_automatch", None)
+        cast(Any, super()).setup(stage)
+
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Put the checkpoint under this module's keys."""
-        remapper = _Remapper(**{"strict": None, **self.automatch_options})
+        remapper = Remapper(**{"strict": None, **self.automatch_options})
         fitting = _is_fitting(self)
         remapper.weights(self, checkpoint, fitting=fitting)
         if fitting:
@@ -219,7 +152,7 @@ class AutoMatchMixin:
 
     def on_fit_start(self) -> None:
         """Move the optimizer states, which are restored next."""
-        remapper: _Remapper | None = self.__dict__.pop("_automatch", None)
+        remapper: Remapper | None = self.__dict__.pop("_automatch", None)
         if remapper is not None:
             remapper.optimizers(self, cast(Any, self).trainer.optimizers)
         cast(Any, super()).on_fit_start()
@@ -264,7 +197,7 @@ def load_from_checkpoint(
     Raises:
         LoadError: loading was refused, with the keys and how to go on.
     """
-    remapper = _Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
+    remapper = Remapper(mapping=mapping, threshold=threshold, strict=strict, pins=pins, adapt=adapt)
     given = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
     if weights_only is not None:
         given["weights_only"] = weights_only
@@ -276,7 +209,7 @@ _hook_lock = threading.RLock()
 
 
 @contextmanager
-def _hooked(module_class: type[Any], remapper: _Remapper) -> Generator[None]:
+def _hooked(module_class: type[Any], remapper: Remapper) -> Generator[None]:
     """Have instances of the class that this thread loads see their checkpoint under their own keys."""
     before: Callable[[Any, Checkpoint], None] = module_class.on_load_checkpoint
     thread = threading.get_ident()

@@ -284,3 +284,22 @@ def test_optimizer_states_that_cannot_follow_leave_the_module_as_it_was(pl, tmp_
         fit(pl, refactored, 6, tmp_path, [match], path)
     assert "SaveSnapshot" in error.value.__notes__[0]
     assert_unchanged(refactored, before)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_that_ended_early_leaves_nothing_for_the_next(pl, mixed, tmp_path):
+    path = trained(pl, modules(pl, "adam", 2)[0], tmp_path)
+    v2 = modules(pl, "adam", 1, *((automatch.lightning.AutoMatchMixin,) if mixed else ()))[1]
+    mapping = mapping_of(v2(), torch.load(path, weights_only=False)["state_dict"], FEEDS)
+    v2.automatch_options = {"mapping": mapping}
+    model = v2()
+
+    class Failing(pl.Callback):
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            raise RuntimeError("another callback failed")
+
+    callbacks = [] if mixed else [automatch.lightning.AutoMatch(mapping=mapping)]
+    with pytest.raises(RuntimeError, match="another callback failed"):
+        fit(pl, model, 6, tmp_path, [*callbacks, Failing()], path)
+    fit(pl, model, 1, tmp_path, callbacks)  # the two groups of the checkpoint are nothing to this run
+    assert len(model.losses) == 6

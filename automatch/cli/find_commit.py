@@ -23,7 +23,13 @@ _WARNING = "This builds old versions of the model, which runs the old code of th
 @click.option(
     "--factory", "-f", required=True, metavar="FACTORY", help="Today's name of the model: `package.module:factory` or `file.py:Factory`."
 )
-@click.option("--repo", type=click.Path(file_okay=False), default=".", show_default=True, help="A folder inside the repository.")
+@click.option(
+    "--repo",
+    type=click.Path(file_okay=False),
+    default=".",
+    show_default=True,
+    help="A folder inside the repository; FACTORY is looked for below it first.",
+)
 @click.option("--kwargs", metavar="JSON", default="{}", help="Arguments of the factory, e.g. '{\"classes\": 3}'.")
 @click.option("--time-limit", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds that one version may take.")
 @click.option("--everywhere", is_flag=True, help="Search all branches and tags, not only what led to HEAD.")
@@ -45,7 +51,7 @@ def command(
 ) -> None:
     """Search the git history for the version of the model that CKPT was saved from, newest first.
 
-    The working tree is not touched. Building old versions runs your own old code, so this asks first (or takes --yes).
+    Follows the class where it moved to another file or was renamed. The working tree is not touched. Building old versions runs your own old code, so this asks first (or takes --yes).
 
     Exits with 0 for an exact fit, with 1 if there is only a closest one or none.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class Repository:
     def __init__(self, place: Path) -> None:
         self._place = place
         self._lookup: subprocess.Popen[bytes] | None = None
+        self._links: set[str] = set()
         lines = self._git("rev-parse", "--show-toplevel", "--show-prefix", "--is-shallow-repository").decode().split("\n")
         self.root, self.prefix, self.shallow = Path(lines[0]), lines[1], lines[2] == "true"
         self._place = self.root
@@ -93,7 +94,18 @@ class Repository:
             for name in some:
                 line = told.readline()
                 found[name] = "" if line.endswith(b" missing\n") else line.decode().strip()
+        links = self._links.intersection(found)
+        if links:  # the commit of a submodule is no object of this repository
+            for head, path in self._entries(commit.id, "--", *links):
+                found[path] = head[2]
         return found
+
+    def _entries(self, commit: str, *options: str) -> Iterator[tuple[list[str], str]]:
+        """Mode, kind and id, and the path, of every entry of a commit's tree."""
+        for entry in self._git("ls-tree", "-z", "--full-tree", commit, *options).decode("utf-8", "surrogateescape").split("\0"):
+            head, tab, path = entry.partition("\t")
+            if tab:
+                yield head.split(), path
 
     def defining(self, commit: Commit, name: str) -> list[str]:
         """The Python files of a commit that define a class or function of that name at the top."""
@@ -109,19 +121,19 @@ class Repository:
         Returns:
             The paths of its submodules; those that are checked out are written too.
         """
-        return self._extract(commit.id, folder, "")
+        return self._extract(commit.id, folder)
 
-    def _extract(self, commit: str, folder: Path, below: str) -> list[str]:
-        listing = self._git("ls-tree", "-r", "-z", "--full-tree", commit).decode("utf-8", "surrogateescape")
-        entries = [(head.split(), path) for head, tab, path in (entry.partition("\t") for entry in listing.split("\0")) if tab]
+    def _extract(self, commit: str, folder: Path) -> list[str]:
+        entries = list(self._entries(commit, "-r"))
         wanted = {path: head[2] for head, path in entries if head[0].startswith("100") and path.endswith(_SUFFIXES)}
         self._write(wanted, folder)
         links = [(path, head[2]) for head, path in entries if head[0] == "160000"]
         for path, inner in links:
             if (self.root / path / ".git").exists():
                 with suppress(ModelError):  # that commit of it is not here
-                    Repository(self.root / path)._extract(inner, folder / path, f"{below}{path}/")
-        return [below + path for path, _ in links]
+                    Repository(self.root / path)._extract(inner, folder / path)
+        self._links.update(path for path, _ in links)
+        return [path for path, _ in links]
 
     def _write(self, wanted: dict[str, str], folder: Path) -> None:
         text = self._git("cat-file", "--batch", given="\n".join(wanted.values()).encode() + b"\n") if wanted else b""

@@ -234,9 +234,12 @@ def test_a_submodule_a_worktree_and_a_shallow_clone_stay_as_they_are(tmp_path: P
     git.write()
     who = ("-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false", "-c", "protocol.file.allow=always")
     git(*who, "submodule", "--quiet", "add", str(library.root), "lib")
-    for number in (3, 4):
-        layer = "__import__('lib.parts').parts.width" if number == 3 else "4"
-        (git.root / "net.py").write_text(net(0, layer=f"nn.Linear({layer}, 2)"))
+    (git.root / "net.py").write_text("from lib.parts import width\n" + BESIDE)
+    for number in (3, 4, 5):
+        if number > 3:
+            library.commit(f"parts {number}", {"parts.py": f"width = {number}\n"}, parents=(number - 3,))
+            library.write()
+            subprocess.run(["git", *who, "pull", "-q"], cwd=git.root / "lib", check=True)
         git("add", "-A")
         git(*who, "commit", "-q", "-m", f"width {number}")
     (git.root / "net.py").write_text("not committed, and broken (")
@@ -249,7 +252,7 @@ def test_a_submodule_a_worktree_and_a_shallow_clone_stay_as_they_are(tmp_path: P
     assert (search.best.exact, search.best.commits[0].subject, search.shallow) == (True, "width 3", False)
     assert git.state() == before
     assert (git.root / "net.py").read_text() == "not committed, and broken ("
-    assert find_commit(state, "net:Net", tmp_path / "worktree", run_old_code=True).n_commits == 3
+    assert find_commit(state, "net:Net", tmp_path / "worktree", run_old_code=True).n_commits == 4
     shallow = find_commit(state, "net:Net", tmp_path / "shallow", run_old_code=True)
     assert (shallow.n_commits, shallow.shallow) == (1, True)
 

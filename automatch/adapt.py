@@ -79,6 +79,8 @@ def plan_adaptations(whole: KeyMapping, sure: KeyMapping, adapt: Mapping[str, st
             shape = _shape(before, sources, source)
             step = chain() if shape == tensor.shape else Adapt(method, tensor.shape)
             matches.append(Match(tensor.key, sources, chain(before, step), confidence=1.0, decided=True))
+            if shape == tensor.shape:  # e.g. the bias of a kernel that has changed
+                continue
             methods[tensor.key] = f"{method}: {_cause(tensor.key, shape, tensor.shape)[0]} (checkpoint {shape}, model {tensor.shape})"
     return Adaptations(tuple(matches), methods, frozenset(kept))
 
@@ -116,6 +118,9 @@ def _sources_of(
 
     known = method_of(method)
     assert known is not None
+    named = counterparts.renamed(tensor.key)
+    if named is not None and counterparts.free[named].shape == tensor.shape:
+        return (named,), chain()
     for group in counterparts.groups(tensor.key):
         candidates = [t for t in group if t.shape != tensor.shape and known.fits(t.shape, tensor.shape)]
         if len(candidates) == 1:

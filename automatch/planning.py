@@ -81,7 +81,7 @@ def plan_load(
     whole = _mapping_for(target, ckpt, mapping, {key: source for key, source in pins.items() if key not in adapted}, trust)
     sure = without_open_questions(whole.confident(threshold))
     adaptations = plan_adaptations(whole, sure, adapt, pins)
-    chosen = sure.with_matches([*(m for m in sure.matches if m.target not in adaptations.methods), *adaptations.matches])
+    chosen = sure.with_matches([*sure.matches, *adaptations.matches])  # of two for one key the latter counts
     accepted = {key for key, source in pins.items() if source is None} | adaptations.kept
     needed = [key for key in needed_keys(target, (m.target for m in chosen.matches)) if key not in accepted]
     if strict and needed:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from automatch.adapt import explain_mismatch, resized_sources
+from automatch.counterparts import Counterparts
 from automatch.mapping import KeyMapping, Question
 from automatch.specs import StateSpec, TensorSpec
 
@@ -70,8 +71,8 @@ def explain_refusal(mapping: KeyMapping, needed: Iterable[str], threshold: float
     settled = {key for question in asked for key in question.keys}
     lines.extend(_question_line(question) for question in asked[:_SHOWN])
     rest = [key for key in needed if key not in settled]
-    resized = resized_sources(rest[:_SHOWN], mapping)
-    lines.extend(_key_line(key, mapping, threshold, resized.get(key)) for key in rest[:_SHOWN])
+    resized, counterparts = resized_sources(rest[:_SHOWN], mapping), Counterparts(mapping)
+    lines.extend(_key_line(key, mapping, threshold, resized.get(key), counterparts) for key in rest[:_SHOWN])
     if len(rest) > _SHOWN:
         lines.append(f"  … and {len(rest) - _SHOWN} more")
     lines.append(
@@ -89,11 +90,14 @@ def _question_line(question: Question) -> str:
     )
 
 
-def _key_line(key: str, mapping: KeyMapping, threshold: float, resized: TensorSpec | None) -> str:
+def _key_line(key: str, mapping: KeyMapping, threshold: float, resized: TensorSpec | None, counterparts: Counterparts) -> str:
     match = mapping.get(key)
     if resized is not None and mapping.target.spec is not None:
         why = explain_mismatch(key, resized.shape, mapping.target.spec[key].shape)
         return f"  {key!r}: size mismatch with {resized.key!r}, {why}; ask for it with adapt={{{key!r}: method}}"
+    named = counterparts.renamed(key)
+    if match is None and named is not None:
+        return f"  {key!r}: nothing sure feeds it; by its name it is {named!r}, of the same shape; accept with pins={{{key!r}: {named!r}}}"
     if match is None:
         return f"  {key!r}: nothing in the checkpoint feeds it"
     sources = match.sources[0] if len(match.sources) == 1 else list(match.sources)

@@ -259,6 +259,17 @@ def test_every_size_mismatch_is_found_under_a_renamed_prefix():
     assert torch.equal(model.model["tok_embed"].weight[:50], ckpt["net.tok_embed.weight"])
 
 
+def test_the_bias_of_an_adapted_kernel_is_copied():
+    ckpt, model = Net("net", 4, 60, 3, 37).state_dict(), Net("model", 4, 60, 1, 37)
+    feeds = {key: key.replace("model.", "net.") for key in model.state_dict() if ".stem." not in key}
+    mapping = mapping_of(model, ckpt, feeds)
+    with pytest.raises(LoadError, match=r"'model.stem.bias': nothing sure feeds it; by its name it is 'net.stem.bias', of the same shape"):
+        automatch.load(model, ckpt, mapping=mapping)
+    report = automatch.load(model, ckpt, mapping=mapping, adapt={"model.stem.*": "channels"})
+    assert torch.equal(model.model["stem"].bias, ckpt["net.stem.bias"])
+    assert list(report.adapted) == list(report.to_train_keys) == ["model.stem.weight"]
+
+
 def test_many_size_mismatches_are_all_in_the_report():
     ckpt, model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)]).state_dict(), nn.Sequential(*[nn.Linear(2, 3) for _ in range(30)])
     report = automatch.load(model, ckpt, mapping=mapping_of(model, ckpt, {}), strict=False)

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HANG = 600.0  # seconds after which a rank hangs, whatever the load of the machine
+PORT = "port"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -43,8 +44,7 @@ class Outcome:
 def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Outcome]:
     """Call ``function(rank, *args)`` on ``size`` ranks and say what became of each; ``folder`` holds what they leave."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    ranks = [_CONTEXT.Process(target=_rank, args=(rank, size, port, folder, function, args), daemon=True) for rank in range(size)]
+    ranks = [_CONTEXT.Process(target=_rank, args=(rank, size, folder, function, args), daemon=True) for rank in range(size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -53,6 +53,7 @@ def run_ranks(size: int, function: Callable[..., Any], folder: Path, *args: Any)
     for rank in ranks:
         rank.kill()
         rank.join()
+    (folder / PORT).unlink(missing_ok=True)
     assert not stuck, f"ranks {stuck} of {size} still ran after {HANG} s"
     return [_outcome(folder / f"rank{i}.pickle", rank.exitcode or 0) for i, rank in enumerate(ranks)]
 
@@ -83,14 +84,14 @@ def _outcome(path: Path, code: int) -> Outcome:
     return outcome
 
 
-def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size)
+        dist.init_process_group("gloo", store=_shared_store(rank, folder / PORT), rank=rank, world_size=size)
         outcome = Outcome(function(rank, *args))
         with contextlib.suppress(RuntimeError):  # rank 0 holds the store and stays until the others are done; some may be dead
             dist.barrier()
@@ -100,7 +101,16 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
     os._exit(0)  # a dead rank leaves the group in a state that its destructor would wait for
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _shared_store(rank: int, note: Path) -> Any:
+    """The store of the process group: rank 0 holds it, on a port that the system chooses, and notes which."""
+    from torch.distributed import TCPStore
+
+    if rank:
+        while not note.exists():
+            time.sleep(0.01)
+        return TCPStore("127.0.0.1", int(note.read_text()), is_master=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    written = note.with_suffix(".written")
+    written.write_text(str(store.port))
+    written.rename(note)
+    return store

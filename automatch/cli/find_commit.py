@@ -51,7 +51,8 @@ def command(
 ) -> None:
     """Search the git history for the version of the model that CKPT was saved from, newest first.
 
-    Follows the class where it moved to another file or was renamed. The working tree is not touched. Building old versions runs your own old code, so this asks first (or takes --yes).
+    Follows the class where it moved to another file or was renamed. The working tree is not touched. Building old versions runs
+    your own old code, so this asks first (or takes --yes).
 
     Exits with 0 for an exact fit, with 1 if there is only a closest one or none.
     """

@@ -16,7 +16,7 @@ from refactored import FEEDS, batches, modules
 
 pl = pytest.importorskip("lightning.pytorch")
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
-_SECONDS = 300  # a run takes about ten: this ends one that waits for ever
+_SECONDS = 600  # a run takes about ten on a quiet machine: this ends one that waits for ever
 
 
 def run_two_ranks(folder: Path) -> None:
@@ -56,5 +56,5 @@ def test_ranks_resume_step_for_step_or_refuse_together(tmp_path):
             assert rank[name]["losses"] == pytest.approx(unchanged["losses"], rel=1e-9)
             assert torch.allclose(torch.tensor(rank[name]["output"]), torch.tensor(unchanged["output"]), rtol=1e-6)
             assert (rank[name]["lr"], rank[name]["steps"]) == (unchanged["lr"], unchanged["steps"])
-        assert "'head.classifier.weight': nothing in the checkpoint feeds it" in rank["refused"]
+        assert "'head.classifier.weight': nothing sure feeds it" in rank["refused"]
     assert ranks[0]["callback"]["losses"] != ranks[1]["callback"]["losses"]  # each rank has seen its own batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,8 @@ from automatch.mapping import Alternative, Evidence, Match
 from automatch.specs import StateSpec
 from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
 
-KEEP = 0.4  # below this a pair is more likely wrong than worth showing
+KEEP = 0.4  # below this share of what pairs of the model have on average, a pair is more likely wrong than worth showing
+RELATED = 0.15  # on average; below that the two are hardly of one architecture
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
@@ -31,26 +32,36 @@ CERTAIN = 0.999  # every key under its own name, one prefix aside
 STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it goes, the evidence of single pairs did not
 TORN_CAP = 0.8  # one module fed from two
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
-STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
+REGISTERED_CAP = 0.75  # only an order of registration that other pairs contradict, or too few confirm, speaks for the choice
 SPARE_LEAD, SPARE_CAP = 0.02, 0.6  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The matches worth proposing, and the probability of every decided pair by kept target position."""
+    """What is worth proposing.
+
+    Args:
+        matches: one for every target key that is fed with enough confidence.
+        probability: of every decided pair, by kept target position.
+        by_order: target keys that only an order tells apart from others.
+    """
 
     matches: tuple[Match, ...]
     probability: dict[int, float]
+    by_order: frozenset[str]
 
 
 def judge(outcome: Outcome, model: Trees) -> Judged:
     """Give every fed key its confidence, and drop those that are not worth proposing."""
     kept, rows = pair_features(outcome)
     values = np.clip(model.probability(rows), 0.001, 0.999) if kept else np.zeros(0)
+    alike = exchangeable(outcome)
+    average = float(values.mean()) if kept else 0.0
+    least = KEEP * average if average >= RELATED else KEEP
     if kept:
-        values = _capped(outcome, kept, rows, values)
+        values = _capped(outcome, kept, rows, values, alike)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
     identical = _identical_parts(outcome)
     same_name = _KeptNames(outcome)
@@ -68,13 +79,14 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         kept_name = identical.get(fed.target) == fed.sources or fed in same_name
         if kept_name and isinstance(fed.transform, Copy):
             confidence = max(confidence, IDENTICAL)
-        if confidence >= KEEP:
+        if confidence >= least:
             score, evidence = evidences.of(tuple(deciders))
             alternatives = runners.of(fed, confidence)
             matches.append(Match(fed.target, fed.sources, fed.transform, score, round(confidence, 6), evidence, alternatives))
     if _only_prefixes(outcome):
         matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
-    return Judged(tuple(matches), probability)
+    by_order = frozenset(fed.target for fed in outcome.fed if any(outcome.decided_by[j][1] in alike for j in fed.items))
+    return Judged(tuple(matches), probability, by_order)
 
 
 class _KeptNames:
@@ -111,10 +123,15 @@ def _identical_parts(outcome: Outcome) -> dict[str, tuple[str]]:
     result: dict[str, tuple[str]] = {}
     for content, paths in right.items():
         others = left.get(content, [])
-        if len(content) >= PART and len(paths) == len(others) == 1:
+        if len(content) >= PART and len(paths) == len(others) == 1 and _is_telling(content):
             for rest, _ in content:
                 result[paths[0] + rest] = (others[0] + rest,)
     return result
+
+
+def _is_telling(content: frozenset[tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether a module is more than a norm or a bare list: norms, and one library's layers, are alike in models that are not."""
+    return any(len(shape) > 1 for _, shape in content) and not all(segments_of(rest)[0].isdigit() for rest, _ in content)
 
 
 def _modules(spec: StateSpec) -> dict[frozenset[tuple[str, tuple[int, ...]]], list[str]]:
@@ -147,19 +164,18 @@ def _only_prefixes(outcome: Outcome) -> bool:
     return whole and all(not part or part.endswith((".", "/")) for change in changes for part in change)
 
 
-def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray, by_order: Set[int]) -> np.ndarray:
     """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
-    stack_only = (column["root_cover_t"] <= 0.55) & (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95)
-    values = np.where(stack_only, np.minimum(values, STACK_ONLY_CAP), values)
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
     backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
     values = np.where(column["region"] <= -1 - 0.5 * OTHER_HEAD, np.minimum(values, OTHER_HEAD_CAP), values)
-    twins = exchangeable(outcome)
-    alike = np.array([j in twins for j in kept])
+    alike = np.array([j in by_order for j in kept])
     apart = torn(outcome)
     values = np.where([j in apart for j in kept], np.minimum(values, TORN_CAP), values)
-    values = np.where(spare | alike, np.minimum(values, SPARE_CAP), values)
+    registered = outcome.sides[0].order == outcome.sides[1].order == "registered"
+    values = np.where(spare, np.minimum(values, SPARE_CAP), values)
+    values = np.where(alike, np.minimum(values, REGISTERED_CAP if registered else SPARE_CAP), values)
     values = np.where([j in outcome.straightened for j in kept], np.clip(values, *STRAIGHTENED), values)
     return np.where(backwards, np.minimum(values, UPWARD_CAP), values)
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from automatch.engine.items import canonical
 from automatch.engine.pipeline import Outcome
 from automatch.engine.sides import Side
 from automatch.keys import numbers_of, pieces_of
@@ -16,6 +17,7 @@ NAMES = (
     "mean_node", "mean_name", "mean_score", "home_t", "home_s", "fused", "registered", "whole_t", "whole_s",
     "mean_whole_t", "mean_whole_s", "conflict", "mean_layout", "list_name", "twins",
     "spare_t", "spare_s", "count", "upward", "root_conflict", "root_cover_t", "root_cover_s", "direction", "ending",
+    "shape_share", "shape_kinds",
 )  # fmt: skip
 
 
@@ -65,6 +67,7 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         "upward": np.array([_backwards_risk(left, right, int(j), int(i)) for j, i in zip(t, s, strict=True)]),
         **_roots(left, right, t, s, evidence["concept"]),
         "registered": left.order_trust[s] * right.order_trust[t],
+        **_shapes(outcome, t),
     }
     return kept, np.stack([parts[name] for name in NAMES], axis=1)
 
@@ -159,6 +162,18 @@ def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.nd
         "root_cover_t": np.full(n, float(outside[0][t].sum() / max(1, outside[0].sum()))),
         "root_cover_s": np.full(n, float(outside[1][s].sum() / max(1, outside[1].sum()))),
     }
+
+
+def _shapes(outcome: Outcome, t: np.ndarray) -> dict[str, np.ndarray]:
+    """How many of the matrices and kernels of the smaller side have a counterpart of their shape, and how many such shapes were matched."""
+    one, two = (
+        Counter(shape for item in items if len(shape := canonical(item.shape)) > 1)
+        for items in (outcome.source_items, outcome.target_items)
+    )
+    share = (one & two).total() / max(1, min(one.total(), two.total()))
+    right = outcome.sides[1]
+    kinds = {shape for j in t if len(shape := canonical(right.shapes[int(j)])) > 1}
+    return {"shape_share": np.full(len(t), share), "shape_kinds": np.full(len(t), np.log1p(len(kinds)) / 4)}
 
 
 def _wholeness(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -57,8 +57,11 @@ class _Pairing:
         return result
 
 
-def list_questions(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
-    """Lists that may run backwards, and lists that are shorter than the checkpoint's."""
+def list_questions(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str]) -> list[Open]:
+    """Lists that may run backwards, and lists that are shorter than the checkpoint's.
+
+    Keys that could be exchanged with others of their block (`by_order`) leave no doubt about the list.
+    """
     held: dict[str, set[int]] = defaultdict(set)
     for key in outcome.source.keys:
         found = _outermost(key)
@@ -66,7 +69,7 @@ def list_questions(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]
             held[found[0]].add(found[1])
     result = []
     for pairing in _pairings(current):
-        found = _subset(outcome, pairing, sorted(held[pairing.source])) or _reversal(outcome, pairing)
+        found = _subset(outcome, pairing, sorted(held[pairing.source])) or _reversal(outcome, pairing, by_order)
         if found is not None:
             result.append(found)
     return result
@@ -115,20 +118,24 @@ def _numbers(pairing: _Pairing) -> tuple[list[int], list[int]]:
     return sorted({to for _, to, _ in pairing.members}), sorted({of for _, _, of in pairing.members})
 
 
-def _reversal(outcome: Outcome, pairing: _Pairing) -> Open | None:
+def _reversal(outcome: Outcome, pairing: _Pairing, by_order: Set[str]) -> Open | None:
     """Whether the list may run the other way round: some of it is doubtful, and no shape speaks against it."""
-    doubtful = sum(match.confidence < CONFIDENT for match, _, _ in pairing.members)
+    doubtful = sum(match.confidence < CONFIDENT and match.target not in by_order for match, _, _ in pairing.members)
     targets, sources = _numbers(pairing)
     if doubtful < DOUBTFUL * len(pairing.members) or len(targets) != len(sources) or _name(pairing.target) == _name(pairing.source):
         return None
-    opposite = dict(zip(targets, reversed(sources), strict=True))
+    forwards = dict(zip(targets, sources, strict=True))
+    agree = sum(forwards[to] == of for _, to, of in pairing.members)
+    backwards = 2 * agree < len(pairing.members)
+    opposite = forwards if backwards else dict(zip(targets, reversed(sources), strict=True))
     other = pairing.moved(outcome, opposite.__getitem__)
     if len(other) < COVERED * len(pairing.members):
         return None
     own = {match.target: match for match, _, _ in pairing.members if match.target in other}
     sure = max(0.5, sum(match.confidence for match in own.values()) / len(own))
     text = f"Do the members of {pairing.source!r} go to those of {pairing.target!r} in this order, or reversed?"
-    return Open(text, (Choice("in this order", own, sure), Choice("reversed", other, 1 - sure)))
+    labels = ("reversed", "in this order") if backwards else ("in this order", "reversed")
+    return Open(text, (Choice(labels[0], own, sure), Choice(labels[1], other, 1 - sure)))
 
 
 def _subset(outcome: Outcome, pairing: _Pairing, have: Sequence[int]) -> Open | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from automatch.engine.columns import ColumnsOf
 from automatch.engine.items import Item, Shape, Slot, canonical
 from automatch.keys import pieces_of, segments_of, template_of
-from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, chain
+from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, Transform, chain
 
 PARTS = {3: ("q", "k", "v"), 2: ("k", "v")}
 GATED = ("gate", "up")
@@ -33,28 +33,43 @@ def with_virtual_items(source: Sequence[Item], target: Sequence[Item], columns: 
 
 
 def merge_axes(items: Sequence[Item], others: Sequence[Item], *, is_target: bool) -> list[Item]:
-    """Merge neighbouring axes (heads, head size) of shapes the other side has only as one axis."""
+    """Merge the axes (heads, head size) of shapes the other side has only as one axis."""
     known = {canonical(item.shape) for item in others}
-    found: dict[Shape, Shape | None] = {}
+    found: dict[Shape, _Merged | None] = {}
     result = []
     for item in items:
         shape = item.shape
         if shape not in found:
-            found[shape] = None if canonical(shape) in known else next((m for m in _merged(shape) if canonical(m) in known), None)
+            found[shape] = None if canonical(shape) in known else next((m for m in _merged(shape) if canonical(m.shape) in known), None)
         merged = found[shape]
         if merged is not None:
-            item = replace(
-                item, shape=merged, how=Copy() if is_target else Reshape(merged), spread=(Reshape(shape),) if is_target else item.spread
-            )
+            spread = (merged.back,) if is_target else item.spread
+            item = replace(item, shape=merged.shape, how=Copy() if is_target else merged.how, spread=spread)
         result.append(item)
     return result
 
 
-def _merged(shape: Shape) -> list[Shape]:
-    """The shapes that merging two or more neighbouring axes gives, fewest merged first."""
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A shape with fewer axes, the way to it and the way back."""
+
+    shape: Shape
+    how: Transform
+    back: Transform
+
+
+def _merged(shape: Shape) -> list[_Merged]:
+    """What merging neighbouring axes gives, fewest merged first; then (head, input, head size) as one matrix of inputs and outputs."""
     n = len(shape)
     spans = [(i, j) for width in range(2, n + 1) for i in range(n - width + 1) for j in (i + width,)]
-    return [(*shape[:i], math.prod(shape[i:j]), *shape[j:]) for i, j in spans if min(shape[i:j]) > 1 and (j - i < n or n == 2)]
+    plain = [(*shape[:i], math.prod(shape[i:j]), *shape[j:]) for i, j in spans if min(shape[i:j]) > 1 and (j - i < n or n == 2)]
+    result = [_Merged(whole, Reshape(whole), Reshape(shape)) for whole in plain]
+    if n == 3 and min(shape) > 1:
+        heads, inputs, size = shape
+        whole = (inputs, heads * size)
+        back = chain(Reshape((inputs, heads, size)), Permute((1, 0, 2)))
+        result.append(_Merged(whole, chain(Permute((1, 0, 2)), Reshape(whole)), back))
+    return result
 
 
 # ---- repetitions -------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def run_stages(
     first = assign(solution, right.n, left.n, weights.none)
     chosen, torn = keep_directions(first, left, right)
     solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])
-    chosen = keep_whole(chosen, left, right, (source, target))
+    chosen = keep_whole(chosen, index, left, right, (source, target))
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}
     solved = {reduction.target_kept[j]: reduction.source_kept[i] for j, i in chosen.items()}
     decided_by = expand(reduction, solved)

@@ -9,13 +9,14 @@ Beside those about lists (`automatch.engine.lists`), three kinds are found on th
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
 
-from automatch.engine.confidence import SPARE_CAP, Judged
+from automatch.engine.confidence import Judged
 from automatch.engine.lists import Choice, Open, list_questions
 from automatch.engine.pipeline import Outcome
 from automatch.keys import segments_of, template_of
@@ -29,7 +30,12 @@ EXCHANGE_LEAD = 3.0  # of the score, out of about 25
 def find_questions(outcome: Outcome, judged: Judged) -> tuple[Question, ...]:
     """The open questions, those on which most keys hang first."""
     current = {match.target: match for match in judged.matches}
-    found = [*_copies(outcome, current), *_orders(current), *_exchanges(outcome, current), *list_questions(outcome, current)]
+    found = [
+        *_copies(outcome, current),
+        *_orders(current),
+        *_exchanges(outcome, current, judged.by_order),
+        *list_questions(outcome, current, judged.by_order),
+    ]
     found.sort(key=lambda o: -len(o.choices[-1].matches))
     questions, settled = [], set[str]()
     for item in found:
@@ -130,15 +136,15 @@ def _orders(current: Mapping[str, Match]) -> list[Open]:
 # ---- two kinds that could be exchanged -----------------------------------------------------------------------------
 
 
-def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
+def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str]) -> list[Open]:
     """Pairs of target kinds whose sources fit each other nearly as well as their own."""
     kinds: dict[str, list[Match]] = defaultdict(list)
     for match in current.values():
         if len(match.sources) == 1 and match.transform.op in ("copy", "permute", "reshape"):
-            kinds[template_of(match.target)].append(match)
+            kinds[_kind(match.target)].append(match)
     doubtful = {kind for kind, members in kinds.items() if min(m.confidence for m in members) < CONFIDENT}
     by_shape: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for kind in doubtful:
+    for kind in sorted(doubtful):
         signature = tuple(sorted({outcome.target[m.target].shape for m in kinds[kind]}))
         by_shape[signature, len(kinds[kind])].append(kind)
     score = _scores(outcome)
@@ -146,9 +152,9 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
     for members in by_shape.values():
         for i, a in enumerate(members[:40]):
             for b in members[i + 1 : 40]:
-                swapped = _swapped(kinds[a], kinds[b], score)
+                swapped = _swapped(kinds[a], kinds[b], score, by_order)
                 if swapped:
-                    pairs[_module(a), _module(b)].update(swapped)
+                    pairs[_apart(_module(a), _module(b))].update(swapped)
     result = []
     for (a, b), other in pairs.items():
         left, right = _source_modules(current, other)
@@ -156,6 +162,20 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
         labels = (f"{left} → {a}, {right} → {b}", f"{right} → {a}, {left} → {b}")
         result.append(_either(text, labels, current, other, max(0.5, _mean(current[key] for key in other))))
     return result
+
+
+def _kind(key: str) -> str:
+    """The key with the numbers of lists taken out; those of names (``norm1``) say which entry of a block it is."""
+    return ".".join("#" if segment.isdigit() else segment for segment in segments_of(key))
+
+
+def _apart(one: str, two: str) -> tuple[str, str]:
+    """Two kinds in which only those numbers are left that tell them apart."""
+    a, b = (re.split(r"(\d+)", kind) for kind in (one, two))
+    if len(a) == len(b):
+        same = [x == y and x.isdigit() for x, y in zip(a, b, strict=True)]
+        a, b = (["#" if alike else part for part, alike in zip(parts, same, strict=True)] for parts in (a, b))
+    return "".join(a), "".join(b)
 
 
 def _scores(outcome: Outcome) -> Mapping[tuple[str, str], float]:
@@ -167,10 +187,12 @@ def _scores(outcome: Outcome) -> Mapping[tuple[str, str], float]:
     }
 
 
-def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, str], float]) -> dict[str, Match]:
-    """The matches after exchanging the sources of two kinds member by member, if the scores hardly fall."""
+def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, str], float], by_order: Set[str]) -> dict[str, Match]:
+    """The matches after exchanging the sources of two kinds member by member, if the scores hardly fall or only order speaks against it."""
     if any(x.sources == y.sources for x, y in zip(a, b, strict=True)):
         return {}  # tied: exchanging changes nothing
+    if {_leaf(x.target) for x in (a[0], b[0])} == {_leaf(x.sources[0]) for x in (a[0], b[0])} and _leaf(a[0].target) != _leaf(b[0].target):
+        return {}  # a weight and a bias, each under its own name
     loss, count = 0.0, 0
     result: dict[str, Match] = {}
     for x, y in zip(a, b, strict=True):
@@ -181,7 +203,7 @@ def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, s
             count += 1
         result[x.target] = replace(x, sources=y.sources, transform=y.transform, alternatives=())
         result[y.target] = replace(y, sources=x.sources, transform=x.transform, alternatives=())
-    equals = max(match.confidence for match in (*a, *b)) <= SPARE_CAP  # found to be so where confidence is given
+    equals = all(match.target in by_order for match in (*a, *b))
     return result if count and (equals or loss / count < 2 * EXCHANGE_LEAD) else {}
 
 
@@ -189,6 +211,10 @@ def _module(kind: str) -> str:
     return kind.rpartition(".")[0] or kind
 
 
+def _leaf(key: str) -> str:
+    return segments_of(key)[-1]
+
+
 def _source_modules(current: Mapping[str, Match], other: Mapping[str, Match]) -> tuple[str, str]:
     first = next(iter(other))
-    return _module(template_of(current[first].sources[0])), _module(template_of(other[first].sources[0]))
+    return _apart(_module(_kind(current[first].sources[0])), _module(_kind(other[first].sources[0])))

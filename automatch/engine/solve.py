@@ -113,16 +113,24 @@ class Solution:
                 values[one], values[two] = values[two], values[one].copy()
 
 
-def _avoidable(plain: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int) -> np.ndarray:
-    """Pairs with their axes permuted of which either item could have a partner with its axes in place."""
-    of_t, of_s = np.bincount(t, plain, n_t) > 0, np.bincount(s, plain, n_s) > 0
-    return ~plain & of_t[t] & of_s[s]
+def _avoidable(these: np.ndarray, t: np.ndarray, s: np.ndarray, n_t: int, n_s: int) -> np.ndarray:
+    """Pairs other than ``these`` both of whose items have a candidate among ``these``."""
+    of_t, of_s = np.bincount(t, these, n_t) > 0, np.bincount(s, these, n_s) > 0
+    return ~these & of_t[t] & of_s[s]
 
 
-def _turned(plain: np.ndarray, oblong: np.ndarray, avoidable: np.ndarray, soft: np.ndarray) -> np.ndarray:
-    """Less than 0 for pairs with their axes permuted that need not be, as far as most pairs that could show it keep theirs."""
-    kept = float(soft[oblong & plain].sum() / max(soft[oblong].sum(), 1e-9))
-    return -max(0.0, 2 * kept - 1) * avoidable
+class _Turned:
+    """Less than 0 for pairs whose axes are permuted and need not be, as far as most oblong pairs keep theirs; and the reverse."""
+
+    def __init__(self, source: Side, target: Side, plain: np.ndarray, t: np.ndarray, s: np.ndarray) -> None:
+        self._oblong = np.array([len(set(canonical(shape))) > 1 for shape in target.shapes])[t]
+        self._plain = plain
+        self._turned = _avoidable(plain, t, s, target.n, source.n)
+        self._kept = _avoidable(self._oblong & ~plain, t, s, target.n, source.n) & self._oblong
+
+    def __call__(self, soft: np.ndarray) -> np.ndarray:
+        kept = float(soft[self._oblong & self._plain].sum() / max(soft[self._oblong].sum(), 1e-9))
+        return -max(0.0, 2 * kept - 1) * self._turned - max(0.0, 1 - 2 * kept) * self._kept
 
 
 def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None = None) -> Solution:
@@ -134,14 +142,12 @@ def solve(source: Side, target: Side, lexicon: Lexicon, weights: Weights | None 
     evidence = unary_evidence(source, target, t, s, lexicon)
     unary = sum(getattr(w, name) * values for name, values in evidence.items())
     context = Context(source, target, t, s)
-    oblong = np.array([len(set(canonical(shape))) > 1 for shape in target.shapes])[t]
-    plain = evidence["layout"] > 0
-    avoidable = _avoidable(plain, t, s, target.n, source.n)
+    turned = _Turned(source, target, evidence["layout"] > 0, t, s)
     trust = source.order_trust[s] * target.order_trust[t]
     score = np.asarray(unary)
     for beta in w.betas:
         soft = soft_assignment(score, t, s, target.n, source.n, w.none, beta)
-        found = context(soft) | {"turned": _turned(plain, oblong, avoidable, soft)}
+        found = context(soft) | {"turned": turned(soft)}
         for name in ("neighbour", "beside"):
             found[name] *= trust
         score = np.array(unary)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from automatch.engine.evidence import role_of
-from automatch.engine.items import Item, canonical
+from automatch.engine.items import Item
 from automatch.engine.sides import Side
 from automatch.specs import StateSpec
 
@@ -16,14 +16,17 @@ STATISTICS = frozenset(("running", "moving", "num", "batches"))  # words of a ba
 Modules = dict[tuple[int, tuple[str, ...]], dict[str, int]]
 
 
-def keep_whole(chosen: Mapping[int, int], source: Side, target: Side, specs: tuple[StateSpec, StateSpec]) -> dict[int, int]:
+def keep_whole(
+    chosen: Mapping[int, int], candidates: Container[tuple[int, int]], source: Side, target: Side, specs: tuple[StateSpec, StateSpec]
+) -> dict[int, int]:
     """The assignment with every follower fed from the module that feeds its weight, or not at all.
 
     A follower that comes from one module while its weight comes from another, or does not fit, belongs to
-    something else: a resized layer's bias fits by accident. `specs` are those of both sides.
+    something else: a resized layer's bias fits by accident. Only `candidates` (pairs of target and source) take
+    the place of others; `specs` are those of both sides.
     """
     left, right = _modules(source), _modules(target)
-    result = _with_weights(chosen, left, right, source, target)
+    result = _with_weights(chosen, candidates, left, right)
     of_weight = {parts["weight"]: node for node, parts in left.items() if "weight" in parts}
     home = {i: node for node, parts in left.items() for role, i in parts.items() if role in FOLLOWERS}
     moved: dict[int, int] = {}
@@ -36,7 +39,7 @@ def keep_whole(chosen: Mapping[int, int], source: Side, target: Side, specs: tup
             if role not in parts:
                 continue
             j, beside = parts[role], left[node].get(role) if node is not None else None
-            if beside is not None and canonical(source.shapes[beside]) == canonical(target.shapes[j]):
+            if beside is not None and (j, beside) in candidates:
                 if result.get(j) != beside:
                     moved[j] = beside
             elif j in result and result[j] in home:
@@ -47,7 +50,7 @@ def keep_whole(chosen: Mapping[int, int], source: Side, target: Side, specs: tup
     return {**{j: i for j, i in result.items() if i not in taken and j not in moved}, **moved}
 
 
-def _with_weights(chosen: Mapping[int, int], left: Modules, right: Modules, source: Side, target: Side) -> dict[int, int]:
+def _with_weights(chosen: Mapping[int, int], candidates: Container[tuple[int, int]], left: Modules, right: Modules) -> dict[int, int]:
     """The assignment with weights that stayed alone fed from the module that feeds all the rest of theirs."""
     result, used = dict(chosen), set(chosen.values())
     home = {i: node for node, parts in left.items() for i in parts.values()}
@@ -56,9 +59,7 @@ def _with_weights(chosen: Mapping[int, int], left: Modules, right: Modules, sour
         others = {home.get(result.get(k, -1)) for role, k in parts.items() if role != "weight"}
         node = next(iter(others)) if len(others) == 1 else None
         i = left[node].get("weight") if node is not None else None
-        if j is None or i is None or j in result or i in used:
-            continue
-        if canonical(source.shapes[i]) == canonical(target.shapes[j]):
+        if j is not None and i is not None and j not in result and i not in used and (j, i) in candidates:
             result[j] = i
             used.add(i)
     return result

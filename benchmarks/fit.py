@@ -45,11 +45,31 @@ ROWS_PER_CASE = 120
 RARITY = 0.3  # weight of unrelated pairs: few people load the checkpoint of another architecture
 # Families of corpus_extra that share conventions with a group of the corpus (see corpus_extra/README.md).
 RELATED = {
-    "vit": ("vit_jax", "dino", "vit_msn", "ijepa", "vivit", "clip_vision", "clipseg", "byobnet-clip", "siglip", "depth_anything"),
+    "vit": (
+        *("vit_jax", "dino", "vit_msn", "ijepa", "vivit", "clip_vision", "clipseg", "byobnet-clip", "siglip", "depth_anything"),
+        *("keras_hub_vit", "mvit_v1"),
+    ),
     "swin": ("swin_transformer_v2",),
-    "resnet": ("resnetv2_bit_tf", "resnext", "wide_resnet", "legacy_senet"),
-    "llama": ("llava", "moe_stacked", "qwen2", "qwen3", "olmo2", "phi3", "glm"),
-    "bert": ("blenderbot", "m2m_100"),
+    "resnet": ("resnetv2_bit_tf", "resnext", "wide_resnet", "legacy_senet", "flax_resnet", "haiku_resnet", "keras_resnet"),
+    "convnext": ("keras_convnext",),
+    "densenet": ("keras_densenet",),
+    "mobile": ("ghostnet", "rexnet", "user_module"),
+    "llama": (
+        *("llava", "moe_stacked", "qwen2", "qwen3", "olmo2", "phi3", "glm"),
+        *("baichuan", "keras_hub_llama", "megatron_core", "qwen2_tl", "recurrent_gemma"),
+    ),
+    "gpt": ("codegen", "gpt2_tl", "gpt_neo", "mingpt"),
+    "bert": (
+        *("blenderbot", "m2m_100", "big_bird", "ct2_bart", "esm", "fsmt", "keras_hub_bart", "markuplm"),
+        *("onnx_distilbert", "onnx_electra", "pegasus", "xglm"),
+    ),
+    "t5": ("longt5",),
+    "diffusion": ("dit", "monai_unet"),
+    "detection": ("ssd300", "yhenon_retinanet"),
+    "nnunet": ("dynunet",),
+    "conformer": ("fastspeech2_conformer",),
+    "rl_mlp_policy": ("rl_cnn_policy", "rl_sac"),
+    "pyg_gat": ("pyg_attentivefp", "pyg_gcn"),
 }
 _GROUP_OF = {family: group for group, families in RELATED.items() for family in families}
 # Kinds of architecture that have no part in common, for pairs that look alike and are not; groups that are not listed take no part.

@@ -44,7 +44,7 @@ def keep_whole(
                     moved[j] = beside
             elif j in result and result[j] in home:
                 weight = left[home[result[j]]].get("weight")
-                if weight not in (None, feeder) and not _other_kernel(specs, source.items[weight], target.items[parts["weight"]]):
+                if weight not in (None, feeder) and not _same_outputs(specs, source.items[weight], target.items[parts["weight"]]):
                     del result[j]
     taken = set(moved.values())
     return {**{j: i for j, i in result.items() if i not in taken and j not in moved}, **moved}
@@ -65,10 +65,10 @@ def _with_weights(chosen: Mapping[int, int], candidates: Container[tuple[int, in
     return result
 
 
-def _other_kernel(specs: tuple[StateSpec, StateSpec], one: Item, two: Item) -> bool:
-    """Whether two convolutions differ in nothing but their kernel sizes."""
+def _same_outputs(specs: tuple[StateSpec, StateSpec], one: Item, two: Item) -> bool:
+    """Whether two convolutions differ in nothing but their kernel sizes or their input channels."""
     a, b = specs[0][one.reals[0]].shape, specs[1][two.reals[0]].shape
-    return len(a) == len(b) > 2 and a != b and a[:2] == b[:2]
+    return len(a) == len(b) > 2 and a != b and a[0] == b[0] and (a[1] == b[1] or a[2:] == b[2:])
 
 
 def _modules(side: Side) -> Modules:

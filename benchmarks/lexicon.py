@@ -50,7 +50,8 @@ def fit_lexicon(pairs_by_group: Mapping[str, Iterable[Pair]], rounds: int = 8, l
     counts: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         counts = _expect(weight, chance)
-        chance = {y: {x: v / (sum(row.values()) + 1.0) for x, v in row.items() if v > 0.05} for y, row in counts.items()}
+        totals = {y: sum(row.values()) + 1.0 for y, row in counts.items()}
+        chance = {y: {x: v / totals[y] for x, v in row.items() if v > 0.05} for y, row in counts.items()}
     rows = {}
     for y, row in chance.items():
         for x, p in row.items():

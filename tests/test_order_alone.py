@@ -109,3 +109,18 @@ def test_the_garbage_collector_is_left_as_it_was(enabled: bool) -> None:
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
+
+
+def test_modules_written_into_one_segment_are_taken_apart_at_the_numbers() -> None:
+    parts = {"conv/kernel": (3, 3, 16, 16), "conv/bias": (16,), "bn/gamma": (16,), "bn/beta": (16,), "bn/moving_mean": (16,)}
+    flat = {f"conv{s}_block{b}_{k}_{part}": shape for s in (2, 3) for b in (1, 2) for k in (1, 2) for part, shape in parts.items()}
+    names = {"kernel": "weight", "gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "bias": "bias"}
+    wanted = {}
+    for key in flat:
+        stage, block, rest = key.split("_", 2)
+        index, leaf = rest.split("_", 1)
+        module, entry = leaf.split("/")
+        wanted[f"layer{int(stage[4:]) - 1}.{int(block[5:]) - 1}.{module}{index}.{names[entry]}"] = key
+    model = {key: (16, 16, 3, 3) if len(flat[source]) == 4 else flat[source] for key, source in wanted.items()}
+    mapping = propose_mapping(spec(model), spec(flat, "checkpoint"))
+    assert {match.target: match.sources[0] for match in mapping.matches} == wanted

@@ -14,7 +14,7 @@ from automatch.engine.pipeline import Outcome
 from automatch.engine.sides import Side
 from automatch.keys import numbers_of, template_of
 
-LEAD, SURE = 0.3, 2.0  # of the score, out of about 25
+LEAD, SURE, AGAINST = 0.3, 2.0, -0.05  # of the score, out of about 25
 FEW = 3  # modules whose order can be compared
 CROWD = 40  # entries of one shape in one block, beyond which combinations are not tried
 
@@ -39,7 +39,7 @@ def exchangeable(outcome: Outcome) -> set[int]:
     """Kept target positions of decided pairs that only an order of keys tells apart, where that order is not known to be the model's own.
 
     In a block both of whose sides are in registration order, the order is known to be the model's own if all
-    pairs of the block that shapes and names decide stand in it, and names do not speak for the exchange.
+    pairs of the block that shapes and names decide stand in it, and the two between the same of them; unless names speak for the exchange.
     """
     left, right = outcome.sides
     solution, weights = outcome.solution, outcome.weights
@@ -49,8 +49,9 @@ def exchangeable(outcome: Outcome) -> set[int]:
     found: set[int] = set()
     for block in _blocks(outcome):
         leads = [lead for members in block.values() for lead in _leads(outcome, meaning, owners, members)]
-        needed = -0.05 if registered and _in_order(left, right, block, leads) else LEAD
+        places = _sure_places(left, right, block, leads) if registered else []
         for one, two, lead in leads:
+            needed = AGAINST if _fits(left, right, places, (one, two)) else LEAD
             ordered = _are_numbered(left, right, one, two) if registered else _order_is_sure(left, right, one, two)
             if lead <= needed and not ordered:
                 found.update((one[0], two[0]))
@@ -91,13 +92,20 @@ def _leads(outcome: Outcome, meaning: np.ndarray, owners: _Owners, members: list
     return result
 
 
-def _in_order(left: Side, right: Side, block: Mapping[tuple[int, ...], list[_Pair]], leads: Sequence[tuple[_Pair, _Pair, float]]) -> bool:
-    """Whether the pairs of a block that cannot be exchanged at little cost stand in one order on both sides, modules compared."""
+def _sure_places(
+    left: Side, right: Side, block: Mapping[tuple[int, ...], list[_Pair]], leads: Sequence[tuple[_Pair, _Pair, float]]
+) -> list[tuple[float, float]]:
+    """Where the modules stand, on both sides, whose pairs cannot be exchanged at little cost; none if too few or not in one order."""
     doubtful = {pair for one, two, lead in leads if lead <= SURE for pair in (one, two)}
     sure = [pair for members in block.values() for pair in members if pair not in doubtful]
     modules = {(right.paths[t][-1], left.paths[s][-1]): (right.position[t], left.position[s]) for _, t, s in sure}
     places = sorted(modules.values())
-    return len(places) >= FEW and all(a[1] < b[1] for a, b in pairwise(places))
+    return places if len(places) >= FEW and all(a[1] < b[1] for a, b in pairwise(places)) else []
+
+
+def _fits(left: Side, right: Side, places: Sequence[tuple[float, float]], pairs: Sequence[_Pair]) -> bool:
+    """Whether pairs stand on both sides between the same of these places."""
+    return bool(places) and all((at < right.position[t]) == (of < left.position[s]) for _, t, s in pairs for at, of in places)
 
 
 def _are_numbered(left: Side, right: Side, one: _Pair, two: _Pair) -> bool:

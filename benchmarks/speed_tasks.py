@@ -115,8 +115,11 @@ def _linear(inputs: int, outputs: int, device: str) -> torch.nn.Linear:
 
 
 def _model(words: tuple[str, ...], blocks: int, device: str) -> torch.nn.Module:
-    model = torch.nn.Module()
-    model.add_module("layers" if words is OLD else "blocks", torch.nn.ModuleList(Block(words, device) for _ in range(blocks)))
+    model, old = torch.nn.Module(), words is OLD
+    model.add_module("word_embeddings" if old else "embed_tokens", torch.nn.utils.skip_init(torch.nn.Embedding, 1000, WIDTH, device=device))
+    model.add_module("layers" if old else "blocks", torch.nn.ModuleList(Block(words, device) for _ in range(blocks)))
+    model.add_module("final_norm" if old else "norm", torch.nn.LayerNorm(WIDTH, device=device))
+    model.add_module("output" if old else "lm_head", _linear(WIDTH, 1000, device))
     return model
 
 
@@ -163,7 +166,7 @@ def load(directory: str, tool: str, way: str) -> dict[str, Any]:
 
 def _blocks_of(path: Path) -> int:
     keys = torch.load(path, mmap=True, weights_only=True)
-    return 1 + max(int(key.split(".")[1]) for key in keys)
+    return 1 + max(int(number) for key in keys if (number := key.split(".")[1]).isdigit())
 
 
 if __name__ == "__main__":

@@ -141,13 +141,13 @@ _UPWARD = ("up", "dec", "fusion", "refine", "fpn", "neck", "lateral", "top_down"
 
 def _backwards_risk(left: Side, right: Side, j: int, i: int) -> float:
     """1 where a pair lies in a decoder or neck and its numbers are not the same, so that the list may run backwards."""
-    if not (_runs_upward(right.keys[j]) or _runs_upward(left.keys[i])):
+    if not (runs_upward(right.keys[j]) or runs_upward(left.keys[i])):
         return 0.0
     a, b = numbers_of(right.keys[j]), numbers_of(left.keys[i])
     return float(a[: len(b)] != b[: len(a)])
 
 
-def _runs_upward(key: str) -> bool:
+def runs_upward(key: str) -> bool:
     """Whether a key lies where some libraries count from the deepest level and others from the shallowest."""
     return any(word.startswith(_UPWARD) for segment in key.lower().replace("/", ".").split(".") for word in segment.split("_"))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from automatch.engine.features import runs_upward
 from automatch.engine.pipeline import Outcome
 from automatch.keys import numbers_of, segments_of, template_of
 from automatch.mapping import CONFIDENT, Match
@@ -127,6 +128,8 @@ def _reversal(outcome: Outcome, pairing: _Pairing, by_order: Set[str]) -> Open |
     forwards = dict(zip(targets, sources, strict=True))
     agree = sum(forwards[to] == of for _, to, of in pairing.members)
     backwards = 2 * agree < len(pairing.members)
+    if not (backwards or runs_upward(pairing.target) or runs_upward(pairing.source)):
+        return None  # stacks of layers are counted from the first one by everybody
     opposite = forwards if backwards else dict(zip(targets, reversed(sources), strict=True))
     other = pairing.moved(outcome, opposite.__getitem__)
     if len(other) < COVERED * len(pairing.members):

@@ -126,15 +126,16 @@ def test_another_number_of_classes_loads_all_but_the_head(tmp_path: Path, monkey
 
 
 def test_modules_renamed_beyond_simple_changes_are_matched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(names: tuple[str, str, str]) -> nn.Module:
-        layers = [nn.ModuleDict({names[1]: nn.Linear(2, 2), names[2]: nn.Linear(2, 2)}) for _ in range(2)]
-        return nn.ModuleDict({names[0]: nn.ModuleList(layers), "head": nn.Linear(2, 2)})
+    def build(names: tuple[str, str, str, str]) -> nn.Module:
+        layers = [nn.ModuleDict({names[2]: nn.Linear(2, 2), names[3]: nn.Linear(2, 2)}) for _ in range(2)]
+        return nn.ModuleDict({names[0]: nn.Linear(2, 2), names[1]: nn.ModuleList(layers), "head": nn.Linear(2, 2)})
 
-    old, model = build(("encoder", "query", "key")), build(("enc", "q", "k"))
+    old, model = build(("embeddings", "encoder", "query", "key")), build(("embed", "enc", "q", "k"))
     explanation = explain(failing(model, old.state_dict()))
     assert kinds(explanation) == ["renamed"]
     paste(explanation.code, model, old.state_dict(), tmp_path, monkeypatch)
-    made = {key.replace("encoder", "enc").replace("query", "q").replace("key", "k"): tensor for key, tensor in old.state_dict().items()}
+    words = {"embeddings": "embed", "encoder": "enc", "query": "q", "key": "k"}
+    made = {".".join(words.get(part, part) for part in key.split(".")): tensor for key, tensor in old.state_dict().items()}
     assert_loaded(model, made)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from automatch.distributed._collection import no_collection
+from automatch.collector import no_collection
 from automatch.errors import AutomatchError, LoadError
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from automatch.distributed._collection import no_collection
+from automatch.collector import no_collection
 from automatch.errors import LoadError, MappingError
 from automatch.mapping import KeyMapping, Match
 from automatch.transforms import Copy, Transform

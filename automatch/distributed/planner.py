@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from automatch.distributed._collection import no_collection
+from automatch.collector import no_collection
 from automatch.distributed.boxes import Piece, cut, relative, sizes
 from automatch.distributed.chunks import box_of, is_elsewhere, local_chunks, narrow, seen_as_source, seen_as_target
 from automatch.distributed.entries import Entries, Entry, find_entries

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from automatch.distributed._collection import no_collection
+from automatch.collector import no_collection
 from automatch.distributed._slices import StoredTensor, read_slice, stored_tensor
 from automatch.errors import CheckpointError, UnsafeCheckpointError
 from automatch.readers._base import SourceFile

@@ -23,7 +23,7 @@ from automatch.transforms import Adapt, Chain, Concat, Copy, PermuteElements
 
 KEEP = 0.4  # below this share of what pairs of the model have on average, a pair is more likely wrong than worth showing
 RELATED = 0.15  # on average; below that the two are hardly of one architecture
-SURER = 0.4  # of the doubt left at 0.95 and more: of 94,000 such pairs of families left out none was wrong, the trees expect 1,500
+SURER = 0.4  # of the doubt left at 0.95 and more: of 93,600 such pairs of families left out none was wrong, and 1,000 were expected
 TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
@@ -46,12 +46,10 @@ class Judged:
 
     Args:
         matches: one for every target key that is fed with enough confidence.
-        probability: of every decided pair, by kept target position.
         by_order: target keys that only an order tells apart from others.
     """
 
     matches: tuple[Match, ...]
-    probability: dict[int, float]
     by_order: frozenset[str]
 
 
@@ -89,7 +87,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
     if _only_prefixes(outcome):
         matches = [replace(match, confidence=max(match.confidence, CERTAIN), alternatives=()) for match in matches]
     by_order = frozenset(fed.target for fed in outcome.fed if alike and any(outcome.decided_by[j][1] in alike for j in fed.items))
-    return Judged(tuple(matches), probability, by_order)
+    return Judged(tuple(matches), by_order)
 
 
 class _KeptNames:

@@ -65,13 +65,16 @@ def words_in_order(side: Side, i: int) -> tuple[str, ...]:
     return tuple(words)
 
 
+_COMPOUNDS = {"layernorm": ("layer", "norm"), "feedforward": ("feed", "forward")}  # written as one word or as two
+
+
 @lru_cache(maxsize=1 << 14)
 def segment_words(segment: str, *, loop: bool) -> tuple[str, ...]:
     """The words of one segment; the number of a loop (a list of repeated modules) is left out, others are glued to their word."""
     words: list[str] = []
     for piece in pieces_of(segment):
         if isinstance(piece, str):
-            words.append(piece)
+            words.extend(_COMPOUNDS.get(piece, (piece,)))
         elif not loop and words:
             words[-1] += str(piece)
         elif not loop:

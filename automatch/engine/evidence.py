@@ -21,20 +21,28 @@ ROLES = {
     "var": "var",
     "variance": "var",
     "tracked": "tracked",
+    "counter": "tracked",
+    "hidden": "hidden",  # beside a running mean's `average`, before it is corrected for its start
     "index": "index",
     "ids": "index",
 }
 
+STATISTICS = ("mean", "var")
 
-def role_of(words: Sequence[str]) -> str:
-    """What an entry is within its module, from the words of its last segment."""
-    last = [word for word in words if not word[-1].isdigit()]
-    return ROLES.get(last[-1], "other") if last else "other"
+BESIDE = frozenset(("pre", "post", "before", "after"))  # `post_attention_norm` is named after what it is not
+
+
+def role_of(words: Sequence[Sequence[str]]) -> str:
+    """What an entry is within its module, from the words of its segments: of the last, or of the one before if that is a statistic."""
+    last, before = ([word for word in segment if not word[-1].isdigit()] for segment in (words[-1], words[-2] if len(words) > 1 else ()))
+    if last and last[-1] in ROLES:
+        return ROLES[last[-1]]
+    return next((ROLES[word] for word in before if ROLES.get(word) in STATISTICS), "other")
 
 
 def unary_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lexicon: Lexicon) -> dict[str, np.ndarray]:
     """The evidence that a pair carries by itself, each signal's values per candidate pair."""
-    roles_t, roles_s = [role_of(w[-1]) for w in target.words], [role_of(w[-1]) for w in source.words]
+    roles_t, roles_s = [role_of(words) for words in target.words], [role_of(words) for words in source.words]
     trust = source.order_trust[s] * target.order_trust[t]
     position = _positions(target)[t] - _positions(source)[s]
     meaning, region = concept_evidence(source, target, t, s, shipped_conventions())
@@ -42,6 +50,7 @@ def unary_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lex
         "concept": meaning,
         "region": region,
         "name": _name_pairs(source, target, t, s, lexicon),
+        "contrast": _contrasts(source, target, roles_t, roles_s, t, s, lexicon),
         "ending": _endings(source, target, t, s),
         "role": _roles(roles_t, roles_s, t, s),
         "rank": _ranks(source, target, t, s),
@@ -67,6 +76,42 @@ def _name_pairs(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lexico
         rows, cols = incidences(list(unique_t), list(unique_s))
         return np.clip(np.asarray(rows[of_t[t]].multiply(cols[of_s[s]]).sum(1)).ravel(), 0, 1)
     return key_similarity(list(unique_t), list(unique_s), lexicon)[of_t[t], of_s[s]]
+
+
+def _contrasts(
+    source: Side, target: Side, roles_t: Sequence[str], roles_s: Sequence[str], t: np.ndarray, s: np.ndarray, lexicon: Lexicon
+) -> np.ndarray:
+    """Similarity of the words in which items differ from those of their shape and role in the same repeated block.
+
+    Beside its mean over both blocks, so that it favours no block over another; numbers are left to the ranks.
+    """
+    (group_t, rest_t), (group_s, rest_s) = _telling_words(target, roles_t), _telling_words(source, roles_s)
+    unique_t = {words: i for i, words in enumerate(dict.fromkeys(rest_t))}
+    unique_s = {words: i for i, words in enumerate(dict.fromkeys(rest_s))}
+    if len(unique_t) * len(unique_s) > DENSE or len(unique_t) < 2 or len(unique_s) < 2:
+        return np.zeros(len(t))
+    similar = key_similarity(list(unique_t), list(unique_s), lexicon)
+    of_t, of_s = np.array([unique_t[words] for words in rest_t]), np.array([unique_s[words] for words in rest_s])
+    values = similar[of_t[t], of_s[s]]
+    _, both = np.unique(group_t[t] * (int(group_s.max()) + 1) + group_s[s], return_inverse=True)
+    return values - (np.bincount(both, values) / np.bincount(both))[both]
+
+
+def _telling_words(side: Side, roles: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """For every item its group (block, shape and role) and its words without those that the whole group has."""
+    ids: dict[Hashable, int] = {}
+    group = np.array([ids.setdefault((_block_of(side, i), canonical(side.shapes[i]), roles[i]), len(ids)) for i in range(side.n)])
+    words = [[word for word in found if not any(c.isdigit() for c in word)] for found in flat_words(side)]
+    shared: dict[int, set[str]] = {}
+    for of, found in zip(group.tolist(), words, strict=True):
+        shared[of] = shared[of] & set(found) if of in shared else set(found)
+    rest = [[word for word in found if word not in shared[of]] for of, found in zip(group.tolist(), words, strict=True)]
+    return group, [() if BESIDE & set(found) else tuple(found) for found in rest]
+
+
+def _block_of(side: Side, i: int) -> int:
+    """The innermost repeated module around an item; the root where there is none."""
+    return next((node for node in reversed(side.paths[i]) if node in side.loop_nodes), 0)
 
 
 def _endings(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -152,10 +197,7 @@ def _block_ranks(source: Side, target: Side, roles_t: Sequence[str], roles_s: Se
     """Agreement of the order among entries of one shape and role in the same repeated block."""
 
     def ranks(side: Side, roles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        def block(i: int) -> int:
-            return next((node for node in reversed(side.paths[i]) if node in side.loop_nodes), 0)
-
-        return _grouped_rank(side, lambda i: (block(i), canonical(side.shapes[i]), roles[i]), lambda i: side.position[i])
+        return _grouped_rank(side, lambda i: (_block_of(side, i), canonical(side.shapes[i]), roles[i]), lambda i: side.position[i])
 
     (rank_t, size_t), (rank_s, size_s) = ranks(target, roles_t), ranks(source, roles_s)
     return (rank_t[t] == rank_s[s]) * np.where(size_t[t] == size_s[s], 1.0, 0.5)

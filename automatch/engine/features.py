@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from automatch.engine.items import canonical
+from automatch.engine.names import runs_upward
 from automatch.engine.pipeline import Outcome
 from automatch.engine.sides import Side
 from automatch.keys import numbers_of, pieces_of
@@ -136,20 +137,12 @@ def _counts(left: Side, right: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray
     return np.array(result)
 
 
-_UPWARD = ("up", "dec", "fusion", "refine", "fpn", "neck", "lateral", "top_down")
-
-
 def _backwards_risk(left: Side, right: Side, j: int, i: int) -> float:
     """1 where a pair lies in a decoder or neck and its numbers are not the same, so that the list may run backwards."""
     if not (runs_upward(right.keys[j]) or runs_upward(left.keys[i])):
         return 0.0
     a, b = numbers_of(right.keys[j]), numbers_of(left.keys[i])
     return float(a[: len(b)] != b[: len(a)])
-
-
-def runs_upward(key: str) -> bool:
-    """Whether a key lies where some libraries count from the deepest level and others from the shallowest."""
-    return any(word.startswith(_UPWARD) for segment in key.lower().replace("/", ".").split(".") for word in segment.split("_"))
 
 
 def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from automatch.engine.features import runs_upward
+from automatch.engine.names import runs_upward
 from automatch.engine.pipeline import Outcome
 from automatch.keys import numbers_of, segments_of, template_of
 from automatch.mapping import CONFIDENT, Match

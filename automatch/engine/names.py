@@ -9,6 +9,7 @@ from rapidfuzz.distance import JaroWinkler
 from rapidfuzz.process import cdist
 
 Lexicon = Mapping[str, Mapping[str, float]]
+_UPWARD = ("up", "dec", "fusion", "refine", "fpn", "neck", "lateral", "top_down")
 
 
 def token_similarity(left: Sequence[str], right: Sequence[str], lexicon: Lexicon) -> np.ndarray:
@@ -91,3 +92,8 @@ def _aligned(similar, weights, rows, cols, rows_o, cols_o, n, n_other) -> np.nda
     norm = np.zeros(n)
     np.add.at(norm, rows, weights[cols])
     return total / np.maximum(norm, 1e-9)[:, None]
+
+
+def runs_upward(key: str) -> bool:
+    """Whether a key lies where some libraries count from the deepest level and others from the shallowest."""
+    return any(word.startswith(_UPWARD) for segment in key.lower().replace("/", ".").split(".") for word in segment.split("_"))

@@ -9,6 +9,7 @@ from automatch.engine.assemble import Fed, assemble
 from automatch.engine.columns import ColumnsOf
 from automatch.engine.items import Item, items_of
 from automatch.engine.mirror import keep_directions
+from automatch.engine.numbered import keep_numbers
 from automatch.engine.parts import with_virtual_items
 from automatch.engine.reduction import Reduction, expand, reduce_repeats
 from automatch.engine.registration import Precedence
@@ -82,7 +83,7 @@ def run_stages(
         _follow(agreed, solution, left, right)
     index = solution.index
     first = assign(solution, right.n, left.n, weights.none)
-    chosen, torn = keep_directions(first, left, right)
+    chosen, torn = keep_directions(keep_numbers(first, index, left, right), left, right)
     solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])
     chosen = keep_whole(chosen, index, left, right, (source, target))
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}

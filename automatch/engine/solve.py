@@ -30,6 +30,7 @@ class Weights:
     """How much each kind of evidence counts, in units of log odds."""
 
     name: float = 6.0
+    contrast: float = 3.0
     ending: float = 2.0
     concept: float = 3.0
     region: float = 2.0

@@ -77,5 +77,5 @@ def _modules(side: Side) -> Modules:
     for i, path in enumerate(side.paths):
         words = [word for word in side.words[i][-1] if word not in STATISTICS]
         if len(path) > 1 and words:
-            found[path[-1], tuple(words[:-1])][role_of(words)].append(i)
+            found[path[-1], tuple(words[:-1])][role_of([words])].append(i)
     return {module: {role: entries[0] for role, entries in parts.items() if len(entries) == 1} for module, parts in found.items()}

@@ -58,6 +58,7 @@ def unary_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lex
         "block": _block_ranks(source, target, roles_t, roles_s, t, s) * trust,
         "position": trust * (1 - 3 * np.abs(position)),
         "layout": _layouts(source, target, t, s),
+        "sequence": trust * _sequences(source, target, t, s),
     }
 
 
@@ -205,6 +206,34 @@ def _block_ranks(source: Side, target: Side, roles_t: Sequence[str], roles_s: Se
 
 def _positions(side: Side) -> np.ndarray:
     return (np.argsort(np.argsort(side.position, kind="stable")) + 0.5) / side.n
+
+
+def _sequences(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Whether a pair stands in every longest common subsequence of the shapes in order, by how much of both sides that covers."""
+    if target.n * source.n > DENSE:
+        return np.zeros(len(t))
+    ids: dict[tuple[int, ...], int] = {}
+    orders = [np.argsort(side.position, kind="stable") for side in (target, source)]
+    shapes = [
+        np.array([ids.setdefault(canonical(side.shapes[i]), len(ids)) for i in order])
+        for side, order in zip((target, source), orders, strict=True)
+    ]
+    before, after = _common(*shapes), _common(shapes[0][::-1], shapes[1][::-1])[::-1, ::-1]
+    longest = int(before[-1, -1])
+    within = (shapes[0][:, None] == shapes[1][None, :]) & (before[:-1, :-1] + after[1:, 1:] + 1 == longest)
+    within &= (within.sum(1, keepdims=True) == 1) & (within.sum(0, keepdims=True) == 1)
+    places = [np.argsort(order) for order in orders]
+    share = longest / max(target.n, source.n)
+    return within[places[0][t], places[1][s]] * max(0.0, 20 * share - 19)
+
+
+def _common(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """The length of the longest common subsequence of every beginning of one sequence with every beginning of the other."""
+    length = np.zeros((len(one) + 1, len(two) + 1), dtype=np.int32)
+    for i, value in enumerate(one):
+        np.maximum(length[i, 1:], length[i, :-1] + (two == value), out=length[i + 1, 1:])
+        np.maximum.accumulate(length[i + 1], out=length[i + 1])
+    return length
 
 
 def _layouts(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ class Weights:
     block: float = 1.5
     position: float = 1.0
     layout: float = 1.0
+    sequence: float = 1.5
     node: float = 6.0
     template: float = 4.0
     suffix: float = 4.0

@@ -34,6 +34,7 @@ STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it go
 TORN_CAP = 0.8  # one module fed from two
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
+FEW_KINDS = 8  # shapes of matrices that the blocks of one width have; stages of several widths do not agree by accident
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 REGISTERED_CAP = 0.75  # only an order of registration that other pairs contradict, or too few confirm, speaks for the choice
@@ -170,6 +171,7 @@ def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.
     """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
     stack_only = (column["root_cover_t"] <= 0.55) & (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95)
+    stack_only &= column["shape_kinds"] <= np.log1p(FEW_KINDS) / 4
     values = np.where(stack_only, np.minimum(values, STACK_ONLY_CAP), values)
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
     backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)

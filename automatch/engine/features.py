@@ -18,7 +18,7 @@ NAMES = (
     "mean_node", "mean_name", "mean_score", "home_t", "home_s", "fused", "registered", "whole_t", "whole_s",
     "mean_whole_t", "mean_whole_s", "conflict", "mean_layout", "list_name", "twins",
     "spare_t", "spare_s", "count", "upward", "root_conflict", "root_cover_t", "root_cover_s", "direction", "ending",
-    "shape_share", "shape_kinds",
+    "shape_share", "shape_kinds", "contrast", "sequence",
 )  # fmt: skip
 
 

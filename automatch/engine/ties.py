@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from automatch.engine.assemble import Fed
 from automatch.engine.conventions import concept, segment_words, shipped_conventions
+from automatch.engine.items import canonical
 from automatch.keys import segments_of
 from automatch.specs import StateSpec, TensorSpec
 from automatch.transforms import Copy, Slice
@@ -48,10 +49,10 @@ def with_ties(source: StateSpec, target: StateSpec, fed: Sequence[Fed], decided:
             tied[tensor.key] = tensor.alias_of
     unfed = [t for t in target if t.key not in known and t.key not in decided and t.alias_of is None]
     used = {key for f in result for key in f.sources}
-    spare = {t.shape for t in source if t.key not in used}
+    spare = {canonical(t.shape) for t in source if t.key not in used}
     vocabulary = _vocabulary(target, known) if unfed else {}
     for tensor in unfed:
-        if tensor.shape in spare:
+        if canonical(tensor.shape) in spare:
             continue
         base = vocabulary.get(tensor.shape) if tensor.kind != "buffer" else None
         if base is None or not (len(tensor.shape) == 2 or _names_vocabulary(tensor.key)):

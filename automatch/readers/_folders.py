@@ -125,7 +125,10 @@ def open_index(path: Path, open_shard: Open, wrapper: Wrapper) -> OpenCheckpoint
     metadata: dict[str, str] = {}
     try:
         for name in dict.fromkeys(weight_map.values()):
-            shards[name] = open_shard(inside(path.parent, name, origin))
+            shard = inside(path.parent, name, origin)
+            if shard.is_dir() or name.endswith(".index.json"):
+                raise CheckpointError(f"{origin} names {name!a} as a shard, which is no file of tensors; it is damaged, fetch it again")
+            shards[name] = open_shard(shard)
             files += shards[name].files
             metadata |= shards[name].metadata
             notes += _missing_in_index(name, shards[name], weight_map)

@@ -120,6 +120,8 @@ def test_a_link_out_of_the_folder_is_refused_but_the_hub_cache_is_read(tmp_path)
         ('{"weight_map": {"a": 3}}', "something else than text"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "'a' stands twice"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "No such file"),
+        ('{"weight_map": {"a": "."}}', "no file of tensors"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "no file of tensors"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )

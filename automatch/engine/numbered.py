@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -10,40 +10,40 @@ from automatch.engine.names import runs_upward
 from automatch.engine.sides import Side
 from automatch.keys import numbers_of, template_of
 
+_Member = tuple[int, int, int, int]  # the target's number, the source's number, the target item, the source item
+
 
 def keep_numbers(chosen: Mapping[int, int], candidates: Container[tuple[int, int]], source: Side, target: Side) -> dict[int, int]:
     """The assignment in which keys that differ in one number alone take those that feed them in the order of that number.
 
-    Nothing but the order of registration, or one number that happens to be the same, speaks for any other order: siblings are
-    numbered from the first one by everybody, decoders and necks aside.
+    Nothing but an order of registration, or one number that happens to be the same, speaks for another order. Lists that
+    fall from the first to the last are left alone where they may: three members or more, or a decoder or neck.
     """
-    feeds: dict[tuple[str, str], list[tuple[int, int, int, int]]] = defaultdict(list)
-    whole: dict[str, int] = defaultdict(int)
-    for j, segments in enumerate(target.segments):
-        for family, _ in _families(segments):
-            whole[family] += 1
-        if j in chosen:
-            for family, number in _families(segments):
-                for other, of in _families(source.segments[chosen[j]]):
-                    feeds[family, other].append((number, of, j, chosen[j]))
+    feeds: dict[tuple[str, str], list[_Member]] = defaultdict(list)
+    size = Counter(family for segments in target.segments for family, _ in _families(segments))
+    for j, i in chosen.items():
+        for family, number in _families(target.segments[j]):
+            if size[family] > 1:
+                for other, of in _families(source.segments[i]):
+                    feeds[family, other].append((number, of, j, i))
     result = dict(chosen)
     for (family, _), members in feeds.items():
-        if 1 < len(members) == whole[family] and all(result[j] == i for _, _, j, i in members):
-            members.sort()
-            numbers = [of for _, of, _, _ in members]
-            if _is_order(numbers) or len(set(numbers)) < len(numbers):
-                continue
-            if _is_order(numbers[::-1]) and (
-                len(numbers) > 2 or any(runs_upward(side.keys[x]) for side, x in ((target, members[0][2]), (source, members[0][3])))
-            ):
-                continue
-            moved = {j: i for (_, _, j, _), (_, i) in zip(members, sorted((of, i) for _, of, _, i in members), strict=True)}
-            if all(pair in candidates for pair in moved.items()):
-                result.update(moved)
+        if len(members) < size[family] or any(result[j] != i for _, _, j, i in members):
+            continue
+        members.sort()
+        numbers = [of for _, of, _, _ in members]
+        _, _, one, other = members[0]
+        may_fall = len(numbers) > 2 or runs_upward(target.keys[one]) or runs_upward(source.keys[other])
+        if len(set(numbers)) < len(numbers) or _rises(numbers) or (may_fall and _rises(numbers[::-1])):
+            continue
+        in_order = sorted((of, i) for _, of, _, i in members)
+        moved = {j: i for (_, _, j, _), (_, i) in zip(members, in_order, strict=True)}
+        if all(pair in candidates for pair in moved.items()):
+            result.update(moved)
     return result
 
 
-def _is_order(numbers: Sequence[int]) -> bool:
+def _rises(numbers: Sequence[int]) -> bool:
     return all(a < b for a, b in pairwise(numbers))
 
 

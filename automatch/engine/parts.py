@@ -228,7 +228,8 @@ def _plan(
             surplus = min((theirs[p] - mine[p]) / (n * count) for p, n in need.items())
             if min(lengths) < 2 or surplus < (0.8 if have else 0.5) or (hint and hint != len(lengths) and len(set(lengths)) == 1):
                 continue
-            score = min(surplus, 1.0) + 0.1 * (hint == len(lengths)) + 0.05 * len(lengths)
+            uneven = len(lengths) == 3 and len(set(lengths)) > 1  # without a key bias, equal parts find two of three
+            score = min(surplus, 1.0) + 0.1 * (hint == len(lengths)) + 0.05 * len(lengths) - 0.5 * uneven
             if score > best_score:
                 best, best_score = (dim, lengths), score
     return best

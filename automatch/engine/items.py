@@ -54,7 +54,7 @@ def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
     skipped = set(without)
     entries = [tensor for tensor in spec if tensor.key not in skipped]
     ending = _common_ending([tensor.key for tensor in entries])
-    keys = _numbered_from_zero(_nested([_plain(t.key[: len(t.key) - len(ending)]) for t in entries]))
+    keys = _numbered_from_zero(_nested(_uncounted([_plain(t.key[: len(t.key) - len(ending)]) for t in entries])))
     return [Item(key, t.shape, t.kind, t.owner, (t.key,)) for key, t in zip(keys, entries, strict=True)]
 
 
@@ -64,12 +64,20 @@ _FLAT = re.compile(r"_(?=[A-Za-z]*\d+(?:_|$))|(?<=\d)_")  # before a piece that 
 def _nested(keys: list[str]) -> list[str]:
     """Keys whose modules are written into one segment (Keras: ``conv2_block1_1_bn/gamma``), taken apart at the numbers."""
     segments = [segments_of(key) for key in keys]
-    if any(len(parts) > 2 for parts in segments):
+    if 10 * sum(len(parts) > 2 for parts in segments) > len(keys):
         return keys
     flat = sum(len(_FLAT.findall(parts[0])) > 1 for parts in segments if len(parts) == 2)
     if 2 * flat < len(keys):
         return keys
     return [".".join([*_FLAT.split(parts[0]), *parts[1:]]) if len(parts) == 2 else key for key, parts in zip(keys, segments, strict=True)]
+
+
+def _uncounted(keys: list[str]) -> list[str]:
+    """Keys without the count that Keras gives to weights without a name (``variable_7`` is the eighth of the whole model)."""
+    if not any(key.endswith("/variable") for key in keys):
+        return keys
+    plain = [re.sub(r"/variable_\d+$", "/variable", key) for key in keys]
+    return plain if len(set(plain)) == len(keys) else keys
 
 
 _UNIQUE = re.compile(r"(.*[^\d_])_1$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,6 +31,7 @@ ROLES = {
 STATISTICS = ("mean", "var")
 
 BESIDE = frozenset(("pre", "post", "before", "after"))  # `post_attention_norm` is named after what it is not
+NEARLY_ALL = 0.95  # of both sides must stand in one order for it to say which of two equal shapes is which
 
 
 def role_of(words: Sequence[Sequence[str]]) -> str:
@@ -101,13 +103,18 @@ def _contrasts(
 def _telling_words(side: Side, roles: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
     """For every item its group (block, shape and role) and its words without those that the whole group has."""
     ids: dict[Hashable, int] = {}
-    group = np.array([ids.setdefault((_block_of(side, i), canonical(side.shapes[i]), roles[i]), len(ids)) for i in range(side.n)])
-    words = [[word for word in found if not any(c.isdigit() for c in word)] for found in flat_words(side)]
-    shared: dict[int, set[str]] = {}
-    for of, found in zip(group.tolist(), words, strict=True):
-        shared[of] = shared[of] & set(found) if of in shared else set(found)
-    rest = [[word for word in found if word not in shared[of]] for of, found in zip(group.tolist(), words, strict=True)]
-    return group, [() if BESIDE & set(found) else tuple(found) for found in rest]
+    groups = [ids.setdefault((_block_of(side, i), canonical(side.shapes[i]), roles[i]), len(ids)) for i in range(side.n)]
+    words = [_without_numbers(found) for found in flat_words(side)]
+    shared: dict[int, frozenset[str]] = {}
+    for group, found in zip(groups, words, strict=True):
+        shared[group] = shared[group].intersection(found) if group in shared else frozenset(found)
+    rest = [tuple(word for word in found if word not in shared[group]) for group, found in zip(groups, words, strict=True)]
+    return np.array(groups), [() if BESIDE.intersection(found) else found for found in rest]
+
+
+@lru_cache(maxsize=1 << 14)
+def _without_numbers(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for word in words if not any(character.isdigit() for character in word))
 
 
 def _block_of(side: Side, i: int) -> int:
@@ -224,7 +231,7 @@ def _sequences(source: Side, target: Side, t: np.ndarray, s: np.ndarray) -> np.n
     within &= (within.sum(1, keepdims=True) == 1) & (within.sum(0, keepdims=True) == 1)
     places = [np.argsort(order) for order in orders]
     share = longest / max(target.n, source.n)
-    return within[places[0][t], places[1][s]] * max(0.0, 20 * share - 19)
+    return within[places[0][t], places[1][s]] * max(0.0, (share - NEARLY_ALL) / (1 - NEARLY_ALL))
 
 
 def _common(one: np.ndarray, two: np.ndarray) -> np.ndarray:

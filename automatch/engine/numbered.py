@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from automatch.engine.names import runs_upward
@@ -50,6 +51,13 @@ def _rises(numbers: Sequence[int]) -> bool:
 def _families(segments: Sequence[str]) -> Iterator[tuple[str, int]]:
     """For every segment with one number in it, the last aside, the key without that number, and the number."""
     for depth, segment in enumerate(segments[:-1]):
-        numbers = numbers_of(segment)
-        if len(numbers) == 1:
-            yield "/".join([*segments[:depth], template_of(segment), *segments[depth + 1 :]]), numbers[0]
+        found = _numbered(segment)
+        if found is not None:
+            yield "/".join([*segments[:depth], found[0], *segments[depth + 1 :]]), found[1]
+
+
+@lru_cache(maxsize=1 << 14)
+def _numbered(segment: str) -> tuple[str, int] | None:
+    """The template and the number of a segment with one number in it."""
+    numbers = numbers_of(segment)
+    return (template_of(segment), numbers[0]) if len(numbers) == 1 else None

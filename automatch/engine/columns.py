@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 
 from automatch.engine.items import Item, Shape, canonical
 from automatch.keys import natural_order, segments_of, template_of
@@ -86,8 +87,13 @@ class Columns:
                 result[size].append(shapes)
         return result
 
-    def place(self, sizes: set[int] | None = None) -> list[Place]:
-        """For every key its column, coordinates and the column's dimensions, reducing classes of these sizes only."""
+    @cached_property
+    def all_places(self) -> list[Place]:
+        """The places of all keys, with every class reduced."""
+        return self.place(None)
+
+    def place(self, sizes: set[int] | None) -> list[Place]:
+        """For every key its column, coordinates and the column's dimensions, reducing classes of these sizes only (all without)."""
         result: list[Place] = [("", (), ())] * self._n
         stack: list[tuple[_Node, Place]] = [(self._root, ("", (), ()))]
         while stack:

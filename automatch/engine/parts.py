@@ -80,8 +80,8 @@ def stack_repeats(items: list[Item], others: list[Item], columns: ColumnsOf, *, 
     mine, theirs = Counter(canonical(item.shape) for item in items), Counter(canonical(item.shape) for item in others)
     if all(2 * theirs[shape] > count for shape, count in mine.items()):
         return items
-    places = columns(items).place()
-    other_places = columns(others).place() if any(dims for _, _, dims in places) else []
+    places = columns(items).all_places
+    other_places = columns(others).all_places if any(dims for _, _, dims in places) else []
     repeated = {(place[2][-1], canonical(item.shape)) for item, place in zip(others, other_places, strict=False) if place[2]}
     shapes = Counter(item.shape for item in others)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)

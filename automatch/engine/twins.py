@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
@@ -105,7 +106,10 @@ def _sure_places(
 
 def _fits(left: Side, right: Side, places: Sequence[tuple[float, float]], pairs: Sequence[_Pair]) -> bool:
     """Whether pairs stand on both sides between the same of these places."""
-    return bool(places) and all((at < right.position[t]) == (of < left.position[s]) for _, t, s in pairs for at, of in places)
+    if not places:
+        return False
+    ats, ofs = zip(*places, strict=True)  # both rise
+    return all(bisect_left(ats, right.position[t]) == bisect_left(ofs, left.position[s]) for _, t, s in pairs)
 
 
 def _are_numbered(left: Side, right: Side, one: _Pair, two: _Pair) -> bool:

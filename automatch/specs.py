@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from automatch.errors import CheckpointError, ModelError
@@ -131,13 +131,14 @@ def spec_of_model(model: torch.nn.Module, *, origin: str | None = None) -> State
     Raises:
         ModelError: the model has uninitialised (lazy) parameters, whose shape nobody knows yet.
     """
+    from torch.nn.parameter import Parameter, UninitializedTensorMixin
+
     modules = tuple((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False))
     classes = dict(modules)
-    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     first: dict[int, str] = {}
     tensors: list[TensorSpec] = []
     for key, value in model.state_dict(keep_vars=True).items():
-        if _is_lazy(value):
+        if isinstance(value, UninitializedTensorMixin):
             raise ModelError(f"parameter {key!r} is not initialised yet (lazy module); run one batch through the model first")
         if not is_tensor(value):  # get_extra_state() may return anything
             continue
@@ -147,7 +148,7 @@ def spec_of_model(model: torch.nn.Module, *, origin: str | None = None) -> State
                 key,
                 shape_of(value, key),
                 dtype_name(value.dtype),
-                kind="parameter" if key in parameters else "buffer",
+                kind="parameter" if isinstance(value, Parameter) else "buffer",
                 alias_of=None if alias == key else alias,
                 owner=classes.get(key.rpartition(".")[0]),
             )
@@ -160,6 +161,7 @@ def is_tensor(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "ndim")
 
 
+@cache
 def dtype_name(dtype: object) -> str:
     """torch's name of a torch or numpy dtype without the prefix, e.g. ``"float32"``."""
     return str(dtype).removeprefix("torch.")
@@ -183,12 +185,6 @@ def shape_of(value: Any, key: str) -> tuple[int, ...]:
 def owners(spec: StateSpec) -> Iterable[str]:
     """Module paths that own at least one entry, in order of first appearance."""
     return dict.fromkeys(tensor.key.rpartition(".")[0] for tensor in spec)
-
-
-def _is_lazy(value: Any) -> bool:
-    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-
-    return isinstance(value, UninitializedParameter | UninitializedBuffer)
 
 
 def _identity(value: Any) -> object | None:

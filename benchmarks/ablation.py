@@ -33,9 +33,9 @@ from automatch.engine.sides import Side
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {
-    "names (spelling)": ("name",),
+    "names (spelling)": ("name", "contrast"),
     "conventions": ("concept", "region"),
-    "order": ("rank", "sibling", "block", "position", "neighbour", "beside"),
+    "order": ("rank", "sibling", "block", "position", "sequence", "neighbour", "beside"),
     "context": ("node", "template", "suffix", "neighbour", "beside", "owner", "direction", "consensus"),
     "everything but names": (
         "concept",
@@ -45,6 +45,7 @@ GROUPS = {
         "sibling",
         "block",
         "position",
+        "sequence",
         "node",
         "template",
         "suffix",
@@ -57,6 +58,7 @@ GROUPS = {
 }
 STEPS: dict[str, tuple[str, Callable[..., Any]]] = {  # what stands in a step's place in `automatch.engine.pipeline`
     "whole modules": ("keep_whole", lambda chosen, *_: dict(chosen)),
+    "numbers of siblings": ("keep_numbers", lambda chosen, *_: dict(chosen)),
     "directions of lists": ("keep_directions", lambda chosen, *_: (dict(chosen), set())),
     "order of registration": ("_sides", lambda items, orders, _: tuple(itertools.starmap(_unordered, zip(items, orders, strict=True)))),
     "padded vocabularies": ("with_padded", lambda _source, _target, fed, _decided: list(fed)),

@@ -90,7 +90,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
         found["file"] = task("write", directory, str(args.gigabytes), timeout=600)
         for way in ("copy", "assign"):
             runs: dict[str, list[dict[str, Any]]] = {"torch": [], "automatch": []}
-            for _ in range(args.repeats):  # turn and turn about, so that both see the same machine
+            for _ in range(2 * args.repeats + 1):  # turn and turn about: fresh memory costs up to three times as much from run to run
                 for tool, done in runs.items():
                     done.append(task("load", directory, tool, way, timeout=600))
             found[way] = {tool: _medians(done) for tool, done in runs.items()}

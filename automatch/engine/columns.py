@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from automatch.engine.items import Item, Shape, canonical
-from automatch.keys import natural_order, segments_of, template_of
+from automatch.keys import natural_order, template_of
 
 Coordinates = tuple[int, ...]
 Place = tuple[str, Coordinates, tuple[int, ...]]  # column, coordinates, dimensions
@@ -37,19 +37,27 @@ class Columns:
     def __init__(self, items: Sequence[Item]) -> None:
         self._n = len(items)
         self._root = _Node()
+        nodes: dict[str, _Node] = {}
         for i, item in enumerate(items):
-            node = self._root
-            for segment in segments_of(item.key):
-                if node.children is None:
-                    node.children = {}
-                child = node.children.get(segment)
-                if child is None:
-                    child = node.children[segment] = _Node()
-                node = child
+            node = self._node_at(item.key.replace("/", "."), nodes)
             node.shape, node.keys = item.shape, (*node.keys, i)
         _sign(self._root)
         self._ranks: dict[int, tuple[int, int, str]] = {}  # child id -> (rank, size of its class, name of the class)
         self._find_classes()
+
+    def _node_at(self, path: str, nodes: dict[str, _Node]) -> _Node:
+        """The node of a path, made with those above it where there is none; most keys find their module's."""
+        missing: list[tuple[str, str]] = []
+        node = nodes.get(path)
+        while node is None:
+            above, dot, name = path.rpartition(".")
+            missing.append((path, name))
+            path, node = above, nodes.get(above) if dot else self._root
+        for whole, name in reversed(missing):
+            if node.children is None:
+                node.children = {}
+            node.children[name] = nodes[whole] = node = _Node()
+        return node
 
     def _find_classes(self) -> None:
         stack = [self._root]

@@ -63,9 +63,9 @@ _FLAT = re.compile(r"_(?=[A-Za-z]*\d+(?:_|$))|(?<=\d)_")  # before a piece that 
 
 def _nested(keys: list[str]) -> list[str]:
     """Keys whose modules are written into one segment (Keras: ``conv2_block1_1_bn/gamma``), taken apart at the numbers."""
-    segments = [segments_of(key) for key in keys]
-    if 10 * sum(len(parts) > 2 for parts in segments) > len(keys):
+    if 10 * sum(key.count(".") + key.count("/") > 1 for key in keys) > len(keys):
         return keys
+    segments = [segments_of(key) for key in keys]
     flat = sum(len(_FLAT.findall(parts[0])) > 1 for parts in segments if len(parts) == 2)
     if 2 * flat < len(keys):
         return keys

@@ -131,14 +131,14 @@ def spec_of_model(model: torch.nn.Module, *, origin: str | None = None) -> State
     Raises:
         ModelError: the model has uninitialised (lazy) parameters, whose shape nobody knows yet.
     """
-    from torch.nn.parameter import Parameter, UninitializedTensorMixin
+    from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
     modules = tuple((path, type(module).__name__) for path, module in model.named_modules(remove_duplicate=False))
     classes = dict(modules)
     first: dict[int, str] = {}
     tensors: list[TensorSpec] = []
     for key, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, UninitializedTensorMixin):
+        if isinstance(value, UninitializedBuffer | UninitializedParameter):
             raise ModelError(f"parameter {key!r} is not initialised yet (lazy module); run one batch through the model first")
         if not is_tensor(value):  # get_extra_state() may return anything
             continue

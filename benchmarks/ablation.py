@@ -3,6 +3,7 @@
 
     python benchmarks/ablation.py                       # every signal and group, keys in the file's own order and sorted
     python benchmarks/ablation.py --only order context --orders file
+    python benchmarks/ablation.py --extra --orders file # the cases of corpus_extra instead, into results/ablation_extra.*
     python benchmarks/ablation.py hf- timm --print      # only some cases; nothing is written
 
 A switched-off signal weighs nothing, everything else stays as shipped (nothing is fitted again), so the
@@ -16,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +33,8 @@ import figures
 from automatch.engine import pipeline, solve  # the signals have no public face
 from automatch.engine.sides import Side
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS, EXTRA = HERE / "results", HERE / "corpus_extra" / "cases"
 GROUPS = {
     "names (spelling)": ("name", "contrast"),
     "conventions": ("concept", "region"),
@@ -106,7 +109,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per ablation and order, the whole engine first."""
     switched = {"nothing": ()} | {f"`{name}`": (name,) for name in signals()} | GROUPS | {step: (step,) for step in STEPS}
     switched = {title: names for title, names in switched.items() if not args.only or title == "nothing" or title.strip("`") in args.only}
-    paths = corpus_cases.case_paths(args.cases)
+    paths = corpus_cases.case_paths(args.cases, directory=EXTRA) if args.extra else corpus_cases.case_paths(args.cases)
     rows = []
     with ProcessPoolExecutor(args.processes, mp_context=get_context("forkserver")) as pool:
         for order in args.orders:
@@ -117,9 +120,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], command: str) -> str:
     """The rows as tables, one per order, with the difference to the whole engine."""
-    lines = ["# Ablation", "", "Each row: the engine as shipped, without one signal or group. Made by `python benchmarks/ablation.py`.", ""]
+    lines = ["# Ablation", "", f"Each row: the engine as shipped, without one signal or group. Made by `{command}`.", ""]
     for order in dict.fromkeys(row["order"] for row in rows):
         here = [row for row in rows if row["order"] == order]
         whole = here[0]
@@ -143,15 +146,18 @@ def main(argv: list[str] | None = None) -> None:
         "--only", nargs="*", default=[], choices=[*signals(), *GROUPS, *STEPS], metavar="SIGNAL", help="only these signals or groups"
     )
     parser.add_argument("--orders", nargs="*", choices=corpus_cases.ORDERS, default=["file", "sorted"])
+    parser.add_argument("--extra", action="store_true", help="the cases of corpus_extra")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--print", action="store_true", dest="only_print")
     args = parser.parse_args(argv)
     rows = measure(args)
+    text = markdown(rows, shlex.join(["python", "benchmarks/ablation.py", *(sys.argv[1:] if argv is None else argv)]))
     if not args.only_print:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "ablation.json").write_text(json.dumps(rows, indent=0) + "\n")
-        (RESULTS / "ablation.md").write_text(markdown(rows))
-    print(markdown(rows))
+        name = "ablation_extra" if args.extra else "ablation"
+        (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=0) + "\n")
+        (RESULTS / f"{name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ ROLES = {
     "ids": "index",
 }
 
-STATISTICS = ("mean", "var")
+_AVERAGED = ("mean", "var")
 
 BESIDE = frozenset(("pre", "post", "before", "after"))  # `post_attention_norm` is named after what it is not
 NEARLY_ALL = 0.95  # of both sides must stand in one order for it to say which of two equal shapes is which
@@ -39,7 +39,7 @@ def role_of(words: Sequence[Sequence[str]]) -> str:
     last, before = ([word for word in segment if not word[-1].isdigit()] for segment in (words[-1], words[-2] if len(words) > 1 else ()))
     if last and last[-1] in ROLES:
         return ROLES[last[-1]]
-    return next((ROLES[word] for word in before if ROLES.get(word) in STATISTICS), "other")
+    return next((ROLES[word] for word in before if ROLES.get(word) in _AVERAGED), "other")
 
 
 def unary_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, lexicon: Lexicon) -> dict[str, np.ndarray]:

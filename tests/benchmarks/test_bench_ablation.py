@@ -26,4 +26,4 @@ def test_groups_name_signals_that_there_are():
 def test_page_shows_the_difference():
     row = {"perfect_share": 0.5, "one_answer_share": 0.6, "macro_recall": 0.9, "wrong": 4, "confident_wrong": 1, "cases": 10}
     rows = [row | {"off": "nothing", "order": "file"}, row | {"off": "`name`", "order": "file", "perfect_share": 0.25}]
-    assert "| `name` | 25.0 % | -25.0 | 60.0 % | 0.9000 | +0.0000 | 4 | 1 |" in ablation.markdown(rows)
+    assert "| `name` | 25.0 % | -25.0 | 60.0 % | 0.9000 | +0.0000 | 4 | 1 |" in ablation.markdown(rows, "python benchmarks/ablation.py")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from automatch.errors import MappingError, TransformError
-from automatch.specs import StateSpec, TensorSpec
-from automatch.transforms import Copy, Transform, from_dict, to_dict
+from automatch.errors import MappingError
+from automatch.specs import StateSpec
+from automatch.transforms import Copy, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from automatch.rules import RenameRule
     from automatch.verify import Verification
 
-FORMAT, VERSION = "automatch-mapping", 1
 CONFIDENT = 0.95
 VerdictKind = Literal["same", "renamed", "resized", "partial", "different", "unknown"]
 
@@ -307,20 +306,9 @@ class KeyMapping:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, version 1 (``automatch/mapping.schema.json``)."""
-        data: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": _side_to_dict(self.source),
-            "target": _side_to_dict(self.target),
-            "matches": [_match_to_dict(match) for match in self.matches],
-            "missing_keys": list(self.missing_keys),
-            "unexpected_keys": list(self.unexpected_keys),
-            "questions": [_question_to_dict(question) for question in self.questions],
-            "warnings": list(self.warnings),
-        }
-        if self.verdict is not None:
-            data["verdict"] = {"kind": self.verdict.kind, "text": self.verdict.text, "causes": list(self.verdict.causes)}
-        return data
+        from automatch.mapping_json import mapping_to_dict
+
+        return mapping_to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeyMapping:
@@ -329,14 +317,9 @@ class KeyMapping:
         Raises:
             MappingError: it is not a mapping of a known version, or a field is missing or malformed.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise MappingError(f'not a mapping: "format" must be {FORMAT!r}')
-        if data.get("version") != VERSION:
-            raise MappingError(f"mapping version {data.get('version')!r} is not supported; this automatch reads version {VERSION}")
-        try:
-            return _mapping_from_dict(data)
-        except (KeyError, TypeError, ValueError, TransformError) as error:
-            raise MappingError(f"malformed mapping: {type(error).__name__}: {error}") from error
+        from automatch.mapping_json import mapping_from_dict
+
+        return mapping_from_dict(data)
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON form to ``path`` (UTF-8) and return it."""
@@ -359,93 +342,3 @@ class KeyMapping:
         except (ValueError, RecursionError) as error:
             raise MappingError(f"{str(path)!r} is not JSON: {error}") from error
         return cls.from_dict(data)
-
-
-def _side_to_dict(side: Side) -> dict[str, Any]:
-    data: dict[str, Any] = {"origin": side.origin, "fingerprint": side.fingerprint, "keys": side.n_keys}
-    if side.spec is not None:
-        data["wrapper"] = list(side.spec.wrapper)
-        data["entries"] = [[t.key, list(t.shape), t.dtype, t.kind, t.owner, t.alias_of] for t in side.spec]
-    return data
-
-
-def _side_from_dict(data: Mapping[str, Any]) -> Side:
-    spec = None
-    if "entries" in data:
-        tensors = tuple(
-            TensorSpec(key, tuple(shape), dtype, kind, alias, owner) for key, shape, dtype, kind, owner, alias in data["entries"]
-        )
-        spec = StateSpec(tensors, data["origin"], tuple(data.get("wrapper", ())))
-    return Side(str(data["origin"]), str(data["fingerprint"]), int(data["keys"]), spec)
-
-
-def _match_to_dict(match: Match) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "target": match.target,
-        "sources": list(match.sources),
-        "transform": to_dict(match.transform),
-        "score": round(match.score, 6),
-        "confidence": round(match.confidence, 6),
-        "evidence": asdict(match.evidence),
-        "alternatives": [
-            {"sources": list(a.sources), "transform": to_dict(a.transform), "confidence": round(a.confidence, 6)}
-            for a in match.alternatives
-        ],
-    }
-    return data | ({"decided": True} if match.decided else {})
-
-
-def _match_from_dict(data: Mapping[str, Any]) -> Match:
-    if isinstance(data["sources"], str) or not all(isinstance(key, str) for key in data["sources"]):
-        raise MappingError(f"sources of {data['target']!r} must be a list of keys, got {data['sources']!r}")
-    confidence = float(data.get("confidence", 0.0))
-    if not 0.0 <= confidence <= 1.0:
-        raise MappingError(f"confidence of {data['target']!r} must lie in [0, 1], got {confidence}")
-    return Match(
-        target=str(data["target"]),
-        sources=tuple(data["sources"]),
-        transform=from_dict(data.get("transform", {"op": "copy"})),
-        score=float(data.get("score", 0.0)),
-        confidence=confidence,
-        evidence=Evidence(**{f.name: data.get("evidence", {}).get(f.name) for f in fields(Evidence)}),
-        alternatives=tuple(
-            Alternative(tuple(a["sources"]), from_dict(a["transform"]), float(a["confidence"])) for a in data.get("alternatives", ())
-        ),
-        decided=bool(data.get("decided", False)),
-    )
-
-
-def _question_to_dict(question: Question) -> dict[str, Any]:
-    options = [
-        {
-            "label": option.label,
-            "confidence": round(option.confidence, 6),
-            "matches": [{"target": m.target, "sources": list(m.sources), "transform": to_dict(m.transform)} for m in option.matches],
-        }
-        for option in question.options
-    ]
-    return {"id": question.id, "text": question.text, "keys": list(question.keys), "options": options}
-
-
-def _question_from_dict(data: Mapping[str, Any]) -> Question:
-    options = tuple(
-        Option(str(o["label"]), tuple(_match_from_dict(m) for m in o["matches"]), float(o.get("confidence", 0.0))) for o in data["options"]
-    )
-    return Question(str(data["id"]), str(data["text"]), options, tuple(data["keys"]))
-
-
-def _mapping_from_dict(data: Mapping[str, Any]) -> KeyMapping:
-    matches = tuple(_match_from_dict(match) for match in data["matches"])
-    if len({match.target for match in matches}) != len(matches):
-        raise MappingError("malformed mapping: a model key has two matches")
-    verdict = data.get("verdict")
-    return KeyMapping(
-        source=_side_from_dict(data["source"]),
-        target=_side_from_dict(data["target"]),
-        matches=matches,
-        missing_keys=tuple(data["missing_keys"]),
-        unexpected_keys=tuple(data["unexpected_keys"]),
-        questions=tuple(_question_from_dict(question) for question in data.get("questions", ())),
-        warnings=tuple(data.get("warnings", ())),
-        verdict=Verdict(verdict["kind"], verdict["text"], tuple(verdict.get("causes", ()))) if verdict else None,
-    )

@@ -38,11 +38,28 @@ def wait(browser: Any, script: str) -> Any:
     raise AssertionError(f"never true: {script}")
 
 
+def texts(browser: Any, css: str) -> list[str]:
+    """In one step: the page may draw its rows again between two questions of the driver."""
+    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(element => element.innerText)", css)
+
+
 def click(browser: Any, css: str, text: str = "") -> None:
-    found = [element for element in browser.find_elements("css selector", css) if text in element.text]
-    assert found, f"no {css} with {text!r}"
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", found[0])
-    found[0].click()
+    exceptions = pytest.importorskip("selenium.common.exceptions")
+    support = pytest.importorskip("selenium.webdriver.support.wait")
+    find = """
+        const found = [...document.querySelectorAll(arguments[0])].find(element => element.innerText.includes(arguments[1]));
+        if (found) found.scrollIntoView({block: 'center'});
+        return found;
+    """
+
+    def once(browser: Any) -> bool:
+        element = browser.execute_script(find, css, text)
+        assert element, f"no {css} with {text!r}"
+        element.click()
+        return True
+
+    stale = exceptions.StaleElementReferenceException  # drawn again since it was found
+    support.WebDriverWait(browser, 10, ignored_exceptions=[stale]).until(once)
 
 
 def press(browser: Any, keys: str) -> None:
@@ -50,7 +67,7 @@ def press(browser: Any, keys: str) -> None:
 
 
 def rows(browser: Any) -> list[str]:
-    return [element.text for element in browser.find_elements("css selector", ".am-sheet .am-row")]
+    return texts(browser, ".am-sheet .am-row")
 
 
 def search(browser: Any, text: str) -> None:
@@ -224,10 +241,10 @@ def test_a_repointed_mapping_loads_the_right_model(browser: Any, tmp_path: Path)
 
 def test_the_module_picture_unfolds_and_lists_keys(browser: Any, tmp_path: Path) -> None:
     show(browser, zoo.transformer(), tmp_path / "page.html")
-    labels = [element.text for element in browser.find_elements("css selector", ".am-tangle ul:first-of-type .label")]
+    labels = texts(browser, ".am-tangle ul:first-of-type .label")
     assert "encoder.layer.{0…3}" in labels
     click(browser, ".am-tangle button[aria-expanded=true]", "attention.self")
-    assert "query" not in [element.text for element in browser.find_elements("css selector", ".am-tangle .label")]
+    assert "query" not in texts(browser, ".am-tangle .label")
     click(browser, ".am-tangle button", "norm_a")
     assert "norm_a" in browser.find_element("css selector", ".am-search").get_attribute("value")
 

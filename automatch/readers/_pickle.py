@@ -15,6 +15,8 @@ from automatch.errors import CheckpointError
 from automatch.readers._limits import MAX_PICKLE_BYTES, MAX_PICKLE_OPCODES
 from automatch.readers._pickle_nodes import Attributed, Call, Global, Persistent
 
+# Python 3.11.0 to 3.11.3 wrote a member of an enumeration as ``getattr(Class, "member")``.
+_GETATTR = frozenset(("builtins.getattr", "__builtin__.getattr"))
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
@@ -41,7 +43,7 @@ def read_pickle(file: IO[bytes], origin: str) -> tuple[Any, frozenset[str]]:
     """Read one pickle from ``file``, leaving it after the end.
 
     Returns:
-        The tree, and the full name of every global it refers to.
+        The tree, and the full name of every global it refers to, without a ``getattr`` that only names members of classes.
 
     Raises:
         CheckpointError: the pickle is damaged, too long, or needs what no checkpoint needs.
@@ -68,7 +70,7 @@ def _read(file: IO[bytes], origin: str) -> tuple[Any, frozenset[str]]:
             raise ValueError(f"{len(machine.stack)} values are left on the stack")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UnicodeError) as error:
         raise CheckpointError(f"the pickle of {origin} is damaged ({type(error).__name__}: {str(error)[:200]})") from error
-    return machine.stack[0], frozenset(machine.globals)
+    return machine.stack[0], frozenset(machine.globals) - (frozenset() if machine.loose else _GETATTR)
 
 
 class _Machine:
@@ -77,6 +79,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, Global] = {}
+        self.loose = 0  # times that a getattr was pushed for more than to name a member of a class
 
     def since_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -87,9 +90,21 @@ class _Machine:
     def remember(self, index: int | None) -> None:
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
+    def push(self, value: Any) -> None:
+        self.loose += _is_getattr(value)
+        self.stack.append(value)
+
     def find(self, module: str, name: str) -> Global:
         path = f"{module}.{name}"
+        self.loose += path in _GETATTR
         return self.globals.setdefault(path, Global(module, name))
+
+    def call(self, function: Any, args: Any, kwargs: Any = None, *, new: bool = False) -> None:
+        if _is_getattr(function) and isinstance(args, tuple):
+            of, *rest = cast("tuple[Any, ...]", args)
+            self.loose -= isinstance(of, Global) and len(rest) == 1 and isinstance(rest[0], str) and rest[0].isidentifier()
+        self.loose += isinstance(function, Call) and _is_getattr(function.function)  # what it took is run
+        self.stack.append(Call(function, args, kwargs, new))
 
     def pop(self, count: int) -> list[Any]:
         if self.marks and len(self.stack) - count < self.marks[-1]:
@@ -99,6 +114,10 @@ class _Machine:
             raise ValueError("a value is missing")
         del self.stack[len(self.stack) - count :]
         return values
+
+
+def _is_getattr(value: Any) -> bool:
+    return isinstance(value, Global) and value.path in _GETATTR
 
 
 def _put(target: Any, key: Any, value: Any) -> None:
@@ -137,7 +156,7 @@ def _reduce(machine: _Machine, _: Any) -> None:
     if isinstance(function, Global) and function.path == "collections.OrderedDict" and args in ((), ([],)):
         machine.stack.append(Attributed())
     else:
-        machine.stack.append(Call(function, args))
+        machine.call(function, args)
 
 
 def _build(machine: _Machine, _: Any) -> None:
@@ -172,12 +191,12 @@ def _add_items(machine: _Machine, _: Any) -> None:
 
 def _new(machine: _Machine, _: Any) -> None:
     function, args = machine.pop(2)
-    machine.stack.append(Call(function, args, new=True))
+    machine.call(function, args, new=True)
 
 
 def _new_ex(machine: _Machine, _: Any) -> None:
     function, args, kwargs = machine.pop(3)
-    machine.stack.append(Call(function, args, kwargs, new=True))
+    machine.call(function, args, kwargs, new=True)
 
 
 def _pop(machine: _Machine, _: Any) -> None:
@@ -206,12 +225,12 @@ def _stack_global(machine: _Machine, _: Any) -> None:
 def _inst(machine: _Machine, arg: str) -> None:
     args = tuple(machine.since_mark())
     module, _, name = arg.partition(" ")
-    machine.stack.append(Call(machine.find(module, name), args))
+    machine.call(machine.find(module, name), args)
 
 
 def _obj(machine: _Machine, _: Any) -> None:
     function, *args = machine.since_mark()
-    machine.stack.append(Call(function, tuple(args)))
+    machine.call(function, tuple(args))
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
@@ -219,7 +238,7 @@ def _tuple(count: int) -> Callable[[_Machine, Any], None]:
 
 
 def _push_memo(machine: _Machine, index: int) -> None:
-    machine.stack.append(machine.memo[index])
+    machine.push(machine.memo[index])
 
 
 _PUSH = frozenset(
@@ -242,7 +261,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": lambda m, _: m.marks.append(len(m.stack)),
     "POP": _pop,
     "POP_MARK": _pop_mark,
-    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
+    "DUP": lambda m, _: m.push(m.stack[-1]),
     "LIST": lambda m, _: m.stack.append(m.since_mark()),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
     "FROZENSET": lambda m, _: m.stack.append(_set_of(m.since_mark(), frozenset)),

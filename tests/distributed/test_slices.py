@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from sharded_models import Old, mapping_of, new_model, old_model
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from worlds import save_alone
 
 import automatch.distributed._slices as slices
@@ -102,6 +103,21 @@ def test_metadata_is_not_executed(saved: Path, evil: Path) -> None:
     with pytest.raises(UnsafeCheckpointError, match=r"refers to posix.mkdir, which is code; pass trust=True"):
         open_reader(saved).read_metadata()
     assert not evil.exists()
+
+
+@pytest.mark.parametrize(("of", "name"), [("pathlib Path", "home"), ("torch.distributed.checkpoint.metadata _MEM_FORMAT_ENCODING", "mro")])
+def test_only_members_of_enumerations_are_taken_by_name(saved: Path, of: str, name: str) -> None:
+    module, cls = of.split()
+    (saved / ".metadata").write_bytes(f"cbuiltins\ngetattr\n(c{module}\n{cls}\nV{name}\ntR.".encode())
+    with pytest.raises(UnsafeCheckpointError, match=f"it takes '{name}' of .* which may be code; pass trust=True"):
+        open_reader(saved).read_metadata()
+
+
+def test_a_member_written_by_getattr_is_that_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)), raising=False)
+    path, value = save_alone({"a": torch.arange(6.0)}, tmp_path / "old"), torch.zeros(6)
+    load({"a": value}, path, mapping_from({"a": value}, {"a": value}))
+    assert torch.equal(value, torch.arange(6.0))
 
 
 def test_objects_are_not_executed(tmp_path: Path, evil: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from automatch import CheckpointError, UnsafeCheckpointError, open_checkpoint
 
@@ -177,8 +178,11 @@ def test_more_shards_than_files_may_be_open_names_the_limit(tmp_path, monkeypatc
         open_checkpoint(index)
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(params=["by value", "by getattr"])
+def saved(tmp_path, request, monkeypatch):
+    """As the Python at hand writes the members of an enumeration, and as 3.11.0 to 3.11.3 (of Debian 12, say) did."""
+    if request.param == "by getattr":
+        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)), raising=False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model.parameters())

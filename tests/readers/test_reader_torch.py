@@ -25,6 +25,31 @@ class Colour(enum.Enum):
     RED = 1
 
 
+class Named:
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 wrote it, and what can be done with one."""
+
+    def __reduce__(self):
+        return getattr, (Colour, "RED")
+
+    def __call__(self):
+        raise AssertionError
+
+
+class Calls:
+    def __reduce__(self):
+        return Named(), ()
+
+
+class Passes:
+    def __reduce__(self):
+        return functools.partial, (getattr, Colour)
+
+
+class Digs:
+    def __reduce__(self):
+        return getattr, (Named(), "__class__")
+
+
 class Runs:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -86,7 +111,13 @@ def test_views_strides_aliases_scalars_and_empty_tensors(tmp_path, form):
 def test_hyper_parameters_with_classes_do_not_block_the_weights(tmp_path, form, monkeypatch):
     state = model().state_dict()
     held = {"h": Hyper(), "e": Colour.RED, "f": functools.partial(torch.nn.functional.relu, inplace=True), "p": pathlib.Path("x")}
-    held |= {"c": collections.Counter("aab"), "d": collections.defaultdict(list, a=[1]), "s": {1, 2}, "b": b"bytes"}
+    held |= {
+        "n": [Named(), Named()],
+        "c": collections.Counter("aab"),
+        "d": collections.defaultdict(list, a=[1]),
+        "s": {1, 2},
+        "b": b"bytes",
+    }
     torch.save({"epoch": 3, "hyper_parameters": held, "state_dict": state}, tmp_path / "model.ckpt", **form)
     monkeypatch.setattr(Hyper, "__setstate__", lambda self, state: pytest.fail("code of the file ran"), raising=False)
     with open_checkpoint(tmp_path / "model.ckpt") as checkpoint:
@@ -104,6 +135,14 @@ def test_a_pickle_that_would_run_something_is_refused_with_its_name(tmp_path, fo
     with pytest.raises(UnsafeCheckpointError, match=r"would run 'posix\.system'.*trust=True"):
         open_checkpoint("model.pt")
     assert not pathlib.Path("ran").exists()
+
+
+@every_form
+@pytest.mark.parametrize("what", [Calls(), Passes(), Digs(), [Named(), getattr], [Named(), Calls()]], ids=lambda what: type(what).__name__)
+def test_a_getattr_that_does_more_than_name_a_member_is_refused(tmp_path, form, what):
+    torch.save({"state_dict": model().state_dict(), "x": what}, tmp_path / "model.pt", **form)
+    with pytest.raises(UnsafeCheckpointError, match=r"would run '(builtins|__builtin__)\.getattr'"):
+        open_checkpoint(tmp_path / "model.pt")
 
 
 def test_a_pickled_module_is_refused_with_the_classes_it_wants(tmp_path):

@@ -19,6 +19,8 @@ from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, Transform
 
 PARTS = {3: ("q", "k", "v"), 2: ("k", "v")}
 GATED = ("gate", "up")
+PARALLEL = ("q", "k", "v", "mlp")
+FUSED = frozenset(("qkv", "wqkv", "kv", "query", "key", "value", "in", "proj", "weight", "bias"))  # what their names are made of
 
 
 def with_virtual_items(source: Sequence[Item], target: Sequence[Item], columns: ColumnsOf) -> tuple[list[Item], list[Item]]:
@@ -184,15 +186,16 @@ def split_fused(items: list[Item], others: Sequence[Item], *, is_target: bool) -
     if not plans:
         return items
     plans.update(_biases(items, plans))
+    modules = Counter((stem, ending) for stem, _, ending in (_place(items[i].key) for i in plans))
     result: list[Item] = []
     for i, item in enumerate(items):
-        result.extend(_split(item, *plans[i], is_target=is_target) if i in plans else [item])
+        result.extend(_split(item, *plans[i], modules, is_target=is_target) if i in plans else [item])
     return result
 
 
 def _biases(items: Sequence[Item], plans: Mapping[int, tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, tuple[int, ...]]]:
     """A vector is split only beside the matrix it belongs to, into parts of the same lengths."""
-    lengths = {(template_of(_stem(items[i].key)), sum(plan[1])): plan[1] for i, plan in plans.items()}
+    lengths = {(template_of(_stem(items[i].key)), sum(plan[1])): plan[1] for i, plan in plans.items() if len(items[i].shape) > 1}
     result = {}
     for i, item in enumerate(items):
         if len(item.shape) == 1 and len(item.reals) == 1:
@@ -223,6 +226,7 @@ def _plan(
         if size % 2 == 0:
             options.append((size // 2,) * 2)
         options.extend(_grouped(size, rest, theirs))
+        options.extend(_parallel(size, rest, theirs) if dim == 0 and len(shape) == 2 else ())
         for lengths in options:
             need = Counter(canonical((*rest, length)) for length in lengths)
             surplus = min((theirs[p] - mine[p]) / (n * count) for p, n in need.items())
@@ -246,6 +250,12 @@ def _grouped(size: int, rest: Shape, theirs: Counter[Shape]) -> list[tuple[int, 
     return sorted(set(result))
 
 
+def _parallel(size: int, rest: Shape, theirs: Counter[Shape]) -> list[tuple[int, ...]]:
+    """(queries, keys, values, and the first matrix of the mlp beside them) of a block that computes all at once (Flux's ``linear1``)."""
+    found = {third for shape in theirs for third in shape if canonical((*rest, third)) == shape and size - 3 * third > third}
+    return sorted((third, third, third, size - 3 * third) for third in found if canonical((*rest, size - 3 * third)) in theirs)
+
+
 def hinted_parts(key: str) -> int:
     """How many parts the name of a fused tensor promises; 0 where it says nothing."""
     return _hinted(*segments_of(key)[-2:])
@@ -264,6 +274,8 @@ def _hinted(*segments: str) -> int:
 def part_names(key: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
     """Names for the parts, in the order the field fuses them."""
     words = "".join(str(piece) for segment in segments_of(key)[-2:] for piece in pieces_of(segment))
+    if len(lengths) == 4:
+        return PARALLEL
     if len(lengths) == 2 and lengths[0] != lengths[1]:
         return ("q", "kv")
     if len(lengths) == 2:
@@ -271,17 +283,26 @@ def part_names(key: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
     return PARTS[3]
 
 
-def _split(item: Item, dim: int, lengths: tuple[int, ...], *, is_target: bool) -> list[Item]:
-    segments = segments_of(item.key)
+def _place(key: str) -> tuple[tuple[str, ...], str, str]:
+    """Of a fused tensor: the segments above the one that names what is fused, that one, and the word for its kind."""
+    segments = segments_of(key)
     leaf = pieces_of(segments[-1])
-    own_module = leaf and leaf[-1] in ("weight", "bias", "kernel") and len(leaf) == 1
-    stem = segments[:-2] if own_module else segments[:-1]
-    ending = segments[-1] if own_module else ("bias" if "bias" in leaf else "weight")
+    if len(segments) > 1 and len(leaf) == 1 and leaf[0] in ("weight", "bias", "kernel"):
+        return tuple(segments[:-2]), segments[-2], segments[-1]
+    return tuple(segments[:-1]), segments[-1], "bias" if "bias" in leaf else "weight"
+
+
+def _split(
+    item: Item, dim: int, lengths: tuple[int, ...], modules: Mapping[tuple[tuple[str, ...], str], int], *, is_target: bool
+) -> list[Item]:
+    """The parts; where ``modules`` counts another such tensor in the same module, with what its name says beyond being fused."""
+    stem, own, ending = _place(item.key)
+    more = [str(piece) for piece in pieces_of(own) if piece not in FUSED] if modules[stem, ending] > 1 else []
     parts = []
     start = 0
     for index, (name, length) in enumerate(zip(part_names(item.key, lengths), lengths, strict=True)):
         shape = (*item.shape[:dim], length, *item.shape[dim + 1 :])
-        key = ".".join([*stem, name, ending])
+        key = ".".join([*stem, "_".join([*more, name]), ending])
         if is_target:
             parts.append(replace(item, key=key, shape=shape, slot=Slot(item.reals[0], dim, index, len(lengths))))
         else:

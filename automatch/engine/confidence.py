@@ -10,10 +10,11 @@ import numpy as np
 
 from automatch.engine.assemble import Fed
 from automatch.engine.conventions import OTHER_HEAD
-from automatch.engine.features import NAMES, pair_features
+from automatch.engine.features import NAMES, pair_features, surroundings
 from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
+from automatch.engine.rotary import UNSURE
 from automatch.engine.tables import Trees
 from automatch.engine.twins import exchangeable, torn
 from automatch.keys import segments_of
@@ -32,8 +33,10 @@ MOSTLY = 0.9  # of the keys keep their names, so that a name is never an index t
 CERTAIN = 0.999  # every key under its own name, one prefix aside
 STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it goes, the evidence of single pairs did not
 TORN_CAP = 0.8  # one module fed from two
+ONE_LESS = 0.6  # lists of nearly equal length: one that leaves out its end may leave out its start
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
+ALONE = 0.55  # of what surrounds them is matched, at most
 FEW_KINDS = 8  # shapes of matrices that the blocks of one width have; stages of several widths do not agree by accident
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
@@ -78,7 +81,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         if fed.target in outcome.tied:
             confidence *= TIED
         if _is_unsure(fed):
-            confidence = min(confidence, 0.6)
+            confidence = min(confidence, UNSURE)
         if _order_unsaid(fed):
             confidence = min(confidence, ORDER_CAP)
         kept_name = identical.get(fed.target) == fed.sources or fed in same_name
@@ -173,13 +176,13 @@ def _only_prefixes(outcome: Outcome) -> bool:
 def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray, by_order: Set[int]) -> np.ndarray:
     """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
-    stack_only = (column["root_cover_t"] <= 0.55) & (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95)
+    stack_only = (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95) & (surroundings(outcome, kept) <= ALONE)
     stack_only &= column["shape_kinds"] <= np.log1p(FEW_KINDS) / 4
     values = np.where(stack_only, np.minimum(values, STACK_ONLY_CAP), values)
     stray = (np.minimum(column["home_t"], column["home_s"]) < SURROUNDED) & (values < STRAY)
     values = np.where(stray, np.minimum(values, STRAY_CAP), values)
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
-    backwards = (column["upward"] > 0) & (column["list_name"] == 0) & (column["twins"] > 0.4)
+    backwards = (column["upward"] > 0) & ((column["list_name"] == 0) & (column["twins"] > 0.4) | (column["count"] > ONE_LESS) & (column["count"] < 1))
     values = np.where(column["region"] <= -1 - 0.5 * OTHER_HEAD, np.minimum(values, OTHER_HEAD_CAP), values)
     alike = np.array([j in by_order for j in kept])
     apart = torn(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -155,6 +156,15 @@ def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.nd
         "root_cover_t": np.full(n, float(outside[0][t].sum() / max(1, outside[0].sum()))),
         "root_cover_s": np.full(n, float(outside[1][s].sum() / max(1, outside[1].sum()))),
     }
+
+
+def surroundings(outcome: Outcome, kept: Sequence[int]) -> float:
+    """The share of the model's entries outside repeated modules that is matched, of the outermost modules with a match: others stay alone."""
+    right = outcome.sides[1]
+    matched = np.array([int(outcome.solution.t[outcome.pair_of[j]]) for j in kept], dtype=np.intp)
+    part = np.array([path[1] if len(path) > 1 else 0 for path in right.paths])
+    outside = np.array([not any(node in right.loop_nodes for node in path) for path in right.paths]) & np.isin(part, part[matched])
+    return float(outside[matched].sum() / max(1, outside.sum()))
 
 
 def _shapes(outcome: Outcome, t: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import numpy as np
 from automatch.engine.confidence import Judged
 from automatch.engine.lists import Choice, Open, list_questions
 from automatch.engine.pipeline import Outcome
-from automatch.keys import segments_of, template_of
+from automatch.keys import pieces_of, segments_of, template_of
 from automatch.mapping import CONFIDENT, Match, Option, Question
 
 UNSETTLED = 0.8  # a key that hangs on a question is not loaded before it is answered
@@ -155,13 +155,35 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
                 swapped = _swapped(kinds[a], kinds[b], score, by_order)
                 if swapped:
                     pairs[_apart(_module(a), _module(b))].update(swapped)
+    decisions: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[tuple[str, str], tuple[str, str], dict[str, Match]]]] = defaultdict(list)
+    for targets, other in pairs.items():
+        sources = _source_modules(current, other)
+        at, of = _telling(targets), _telling(sources)
+        if at is not None and at == of:
+            continue  # the names say which is which
+        decision = (targets, sources) if at is None or of is None else min((at, of), (at[::-1], of[::-1]))
+        decisions[decision].append((targets, sources, other))
     result = []
-    for (a, b), other in pairs.items():
-        left, right = _source_modules(current, other)
-        text = f"Do {left!r} and {right!r} go to {a!r} and {b!r} in this order, or the other way round?"
+    for decision, parts in decisions.items():
+        (a, b), (left, right), _ = parts[0]
+        instance = f" (for instance {left!r} to {a!r})" if len(parts) > 1 else ""
+        if len(parts) > 1:
+            (a, b), (left, right) = decision
+        other = {key: match for _, _, swapped in parts for key, match in swapped.items()}
+        text = f"Do {left!r} and {right!r} go to {a!r} and {b!r}{instance} in this order, or the other way round?"
         labels = (f"{left} → {a}, {right} → {b}", f"{right} → {a}, {left} → {b}")
         result.append(_either(text, labels, current, other, max(0.5, _mean(current[key] for key in other))))
     return result
+
+
+def _telling(modules: tuple[str, str]) -> tuple[str, str] | None:
+    """The one word in which two modules differ; None if they differ in more, or in a number."""
+    one, two = ([piece for segment in segments_of(module) for piece in pieces_of(segment)] for module in modules)
+    differing = [(a, b) for a, b in zip(one, two, strict=False) if a != b]
+    if len(one) != len(two) or len(differing) != 1:
+        return None
+    a, b = differing[0]
+    return (a, b) if isinstance(a, str) and isinstance(b, str) else None
 
 
 def _kind(key: str) -> str:

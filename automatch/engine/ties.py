@@ -20,7 +20,7 @@ def with_padded(source: StateSpec, target: StateSpec, fed: Sequence[Fed], decide
     done, used = {f.target for f in fed} | decided, {key for f in fed for key in f.sources}
     result = list(fed)
     for tensor in target:
-        if tensor.key in done or tensor.alias_of is not None or len(tensor.shape) != 2 or not _names_vocabulary(tensor.key):
+        if tensor.key in done or tensor.alias_of is not None or len(tensor.shape) != 2 or not _holds_words(tensor.key):
             continue
         rows, width = tensor.shape
         padded = [
@@ -30,7 +30,7 @@ def with_padded(source: StateSpec, target: StateSpec, fed: Sequence[Fed], decide
             and t.shape[1] == width
             and 0 < t.shape[0] - rows < _PADDING
             and t.key not in used
-            and _names_vocabulary(t.key)
+            and _holds_words(t.key)
         ]
         if len(padded) == 1:
             result.append(Fed(tensor.key, (padded[0],), Slice(0, 0, rows), ()))
@@ -98,9 +98,14 @@ def _vocabulary(target: StateSpec, fed: Mapping[str, Fed]) -> dict[tuple[int, ..
 
 
 def _names_vocabulary(key: str) -> bool:
+    return _holds_words(key) or "head" in _plain_words(key)
+
+
+def _holds_words(key: str) -> bool:
+    """Whether the name is that of a vocabulary, not of any other head."""
     words = _plain_words(key)
     found = concept(words, shipped_conventions())
-    return found in _TIED or any(word in ("decoder", "predictions", "shared", "embed", "head", "lm") for word in words)
+    return found in _TIED or any(word in ("decoder", "predictions", "shared", "embed", "lm") for word in words)
 
 
 def _plain_words(key: str) -> tuple[str, ...]:

@@ -139,8 +139,10 @@ def _identical_parts(outcome: Outcome) -> dict[str, tuple[str]]:
 
 
 def _is_telling(content: frozenset[tuple[str, tuple[int, ...]]]) -> bool:
-    """Whether a module is more than a norm or a bare list: norms, and one library's layers, are alike in models that are not."""
-    return any(len(shape) > 1 for _, shape in content) and not all(segments_of(rest)[0].isdigit() for rest, _ in content)
+    """Whether a module is more than a norm, a layer of a library or a bare list, which are alike in models that are not."""
+    matrices = sum(len(shape) > 1 for _, shape in content)
+    nested = any(len(segments_of(rest)) > 1 for rest, _ in content)
+    return matrices > 1 and nested and not all(segments_of(rest)[0].isdigit() for rest, _ in content)
 
 
 def _modules(spec: StateSpec) -> dict[frozenset[tuple[str, tuple[int, ...]]], list[str]]:

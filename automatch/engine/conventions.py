@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -56,12 +56,12 @@ def shipped_conventions() -> Conventions:
     return read_conventions(json.loads(files("automatch.engine").joinpath("data/conventions.json").read_text()))
 
 
-def words_in_order(side: Side, i: int) -> tuple[str, ...]:
-    """The words of an item's key in order: loop numbers left out, name numbers glued to their word."""
+def words_in_order(side: Side, i: int, numbered: Container[str]) -> tuple[str, ...]:
+    """The words of an item's key in order: loop numbers left out, name numbers, and those of the words in ``numbered``, glued to their word."""
     words: list[str] = []
     for depth, segment in enumerate(side.segments[i]):
         loop = depth + 1 < len(side.paths[i]) and side.paths[i][depth + 1] in side.loop_nodes
-        words.extend(segment_words(segment, loop=loop))
+        words.extend(segment_words(segment, loop=loop and segment not in numbered))
     return tuple(words)
 
 
@@ -153,8 +153,9 @@ def _contains(words: tuple[str, ...], run: tuple[str, ...]) -> bool:
 
 def concept_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, table: Conventions) -> tuple[np.ndarray, np.ndarray]:
     """Agreement in [-1, 1] of what the names of each pair mean, and of the regions they lie in (less for two different heads)."""
-    names_t = [words_in_order(target, j) for j in range(target.n)]
-    names_s = [words_in_order(source, i) for i in range(source.n)]
+    numbered = {word for aliases in table.regions.values() for word in aliases if word[-1].isdigit()}  # diffusers' attn1 and attn2
+    names_t = [words_in_order(target, j, numbered) for j in range(target.n)]
+    names_s = [words_in_order(source, i, numbered) for i in range(source.n)]
     known = {name: (concept(name, table), regions(name, table)) for name in dict.fromkeys((*names_t, *names_s))}
     labels_t, labels_s = _labels(target, names_t, known, table), _labels(source, names_s, known, table)
     unique = {label: n for n, label in enumerate(dict.fromkeys((*labels_t, *labels_s)))}

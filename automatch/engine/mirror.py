@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from automatch.engine.items import canonical
 from automatch.engine.sides import Side
@@ -67,19 +68,22 @@ def _straightened(chosen: Mapping[int, int], to: _List, of: _List, source: Side,
         ways.append(way)
     whole = sum(rest in names for _, rest in to.entries.values())
     best = max(ways, key=len)
-    undecided = not _torn(current, to, of) if shorter else len(ways[0]) == len(ways[1])
+    feeders = _feeders(current, to, of)
+    torn = any(len(found) > 1 for found in feeders.values())
+    in_order = not torn and all(a < b for a, b in pairwise(next(iter(feeders[rank])) for rank in sorted(feeders)))
+    undecided = not torn if shorter else len(ways[0]) == len(ways[1]) or (in_order and len(current) == whole)
     if undecided or len(best) < whole or all(current.get(j) == i for j, i in best.items()):
         return {}
     elsewhere = {i for j, i in chosen.items() if j not in to.entries}
     return {} if elsewhere & set(best.values()) or len(set(best.values())) < len(best) else best
 
 
-def _torn(current: Mapping[int, int], to: _List, of: _List) -> bool:
-    """Whether a member of the target list is fed from two members of the source list."""
+def _feeders(current: Mapping[int, int], to: _List, of: _List) -> dict[int, set[int]]:
+    """The members of the source list that each member of the target list is fed from."""
     feeders: dict[int, set[int]] = defaultdict(set)
     for j, i in current.items():
         feeders[to.entries[j][0]].add(of.entries[i][0])
-    return any(len(found) > 1 for found in feeders.values())
+    return feeders
 
 
 def _lists(side: Side) -> list[_List]:

@@ -9,7 +9,7 @@ the last two members take part in matching; the answer for the others follows fr
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 
 from automatch.engine.items import Item, Shape, canonical
@@ -17,8 +17,10 @@ from automatch.keys import natural_order, template_of
 
 Coordinates = tuple[int, ...]
 Place = tuple[str, Coordinates, tuple[int, ...]]  # column, coordinates, dimensions
+Kind = tuple[int, frozenset[tuple[Shape, int]]]  # of a class: how many members, and the shapes in one with their numbers
 KEEP = 2  # members kept at either end of a class
 LONG = 2 * KEEP + 1
+LEAST = 0.5  # of a list's members that are alike for it to count as a list of these
 
 
 class _Node:
@@ -42,7 +44,9 @@ class Columns:
             node = self._node_at(item.key.replace("/", "."), nodes)
             node.shape, node.keys = item.shape, (*node.keys, i)
         _sign(self._root)
-        self._ranks: dict[int, tuple[int, int, str]] = {}  # child id -> (rank, size of its class, name of the class)
+        # Child id to its rank, the size of its class, the name of the class among its siblings, and its number in all.
+        self._ranks: dict[int, tuple[int, int, str, int]] = {}
+        self._split: dict[int, int] = {}  # child id to the length of its list, for one of most of a list that is no class as a whole
         self._find_classes()
 
     def _node_at(self, path: str, nodes: dict[str, _Node]) -> _Node:
@@ -60,7 +64,7 @@ class Columns:
         return node
 
     def _find_classes(self) -> None:
-        stack = [self._root]
+        stack, count = [self._root], 0
         while stack:
             classes: dict[tuple[str, int], list[tuple[str, _Node]]] = {}
             for segment, child in (stack.pop().children or {}).items():
@@ -70,15 +74,23 @@ class Columns:
                     template = template_of(segment)
                     if template != segment:
                         classes.setdefault((template, child.signature), []).append((segment, child))
+            length = Counter[str]()
+            for (template, _), members in classes.items():
+                length[template] += len(members)
+            for (template, _), members in classes.items():
+                if length[template] >= LONG and length[template] > len(members) >= LEAST * length[template]:
+                    self._split[id(members[0][1])] = length[template]
             for number, ((template, _), members) in enumerate(classes.items()):
                 if len(members) >= LONG or (len(members) > 1 and all(segment.isdigit() for segment, _ in members)):
                     members.sort(key=lambda m: natural_order(m[0]))
                     for rank, (_, child) in enumerate(members):
-                        self._ranks[id(child)] = (rank, len(members), f"{template}~{number}")
+                        self._ranks[id(child)] = (rank, len(members), f"{template}~{number}", count)
+                    count += 1
 
-    def long_classes(self) -> dict[int, list[Counter[Shape]]]:
-        """By size, the shapes in a member of every class that is long enough to be reduced."""
-        first = {node: size for node, (rank, size, _) in self._ranks.items() if rank == 0 and size >= LONG}
+    def long_lists(self) -> tuple[dict[Kind, list[int]], set[Kind]]:
+        """Lists that are long enough to be reduced, by their length and the shapes in a member: the classes, and lists that are none."""
+        classes = {node: (size, number) for node, (rank, size, _, number) in self._ranks.items() if rank == 0 and size >= LONG}
+        watched = classes.keys() | self._split.keys()
         found: dict[int, Counter[Shape]] = defaultdict(Counter)
         stack: list[tuple[_Node, tuple[int, ...]]] = [(self._root, ())]
         while stack:
@@ -87,21 +99,24 @@ class Columns:
                 for member in inside:
                     found[member][canonical(node.shape)] += len(node.keys)
             children = (node.children or {}).values()
-            stack.extend((child, (*inside, id(child)) if id(child) in first else inside) for child in children)
-        result: dict[int, list[Counter[Shape]]] = defaultdict(list)
+            stack.extend((child, (*inside, id(child)) if id(child) in watched else inside) for child in children)
+        whole: dict[Kind, list[int]] = defaultdict(list)
+        split: set[Kind] = set()
         for member, shapes in found.items():
-            size = first[member]
-            if shapes not in result[size]:
-                result[size].append(shapes)
-        return result
+            if member in classes:
+                size, number = classes[member]
+                whole[size, frozenset(shapes.items())].append(number)
+            if member in self._split:
+                split.add((self._split[member], frozenset(shapes.items())))
+        return whole, split
 
     @cached_property
     def all_places(self) -> list[Place]:
         """The places of all keys, with every class reduced."""
         return self.place(None)
 
-    def place(self, sizes: set[int] | None) -> list[Place]:
-        """For every key its column, coordinates and the column's dimensions, reducing classes of these sizes only (all without)."""
+    def place(self, numbers: Container[int] | None) -> list[Place]:
+        """For every key its column, coordinates and the column's dimensions, reducing the classes with these numbers only (all without)."""
         result: list[Place] = [("", (), ())] * self._n
         stack: list[tuple[_Node, Place]] = [(self._root, ("", (), ()))]
         while stack:
@@ -111,7 +126,7 @@ class Columns:
                 result[i] = (column[:-1], coordinates, dims)
             for segment, child in (node.children or {}).items():
                 rank = self._ranks.get(id(child))
-                if rank is None or (sizes is not None and rank[1] not in sizes):
+                if rank is None or (numbers is not None and rank[3] not in numbers):
                     stack.append((child, (f"{column}{segment}/", coordinates, dims)))
                 else:
                     stack.append((child, (f"{column}{rank[2]}/", (*coordinates, rank[0]), (*dims, rank[1]))))

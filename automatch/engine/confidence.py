@@ -184,7 +184,9 @@ def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.
     stray = (np.minimum(column["home_t"], column["home_s"]) < SURROUNDED) & (values < STRAY)
     values = np.where(stray, np.minimum(values, STRAY_CAP), values)
     spare = np.minimum(column["spare_t"], column["spare_s"]) <= SPARE_LEAD
-    backwards = (column["upward"] > 0) & ((column["list_name"] == 0) & (column["twins"] > 0.4) | (column["count"] > ONE_LESS) & (column["count"] < 1))
+    backwards = (column["upward"] > 0) & (
+        (column["list_name"] == 0) & (column["twins"] > 0.4) | (column["count"] > ONE_LESS) & (column["count"] < 1)
+    )
     values = np.where(column["region"] <= -1 - 0.5 * OTHER_HEAD, np.minimum(values, OTHER_HEAD_CAP), values)
     alike = np.array([j in by_order for j in kept])
     apart = torn(outcome)

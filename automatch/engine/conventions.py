@@ -57,7 +57,7 @@ def shipped_conventions() -> Conventions:
 
 
 def words_in_order(side: Side, i: int, numbered: Container[str]) -> tuple[str, ...]:
-    """The words of an item's key in order: loop numbers left out, name numbers, and those of the words in ``numbered``, glued to their word."""
+    """The words of an item's key in order: loop numbers left out, but for those of ``numbered``; name numbers glued to their word."""
     words: list[str] = []
     for depth, segment in enumerate(side.segments[i]):
         loop = depth + 1 < len(side.paths[i]) and side.paths[i][depth + 1] in side.loop_nodes
@@ -128,10 +128,44 @@ def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tu
         names = {"".join(map(str, pieces_of(segment))): segment for segment in node.children}
         for known in table.sets:
             if known.keys() <= names.keys() and not any((node.id, names[name]) in result for name in known):
+                turned = side.order == "registered" and _turned(list(node.children), [names[name] for name in known], table)
                 for name, meaning in known.items():
-                    area, _, part = meaning.partition(" ")
+                    area, _, part = (OTHER_NORM.get(meaning, meaning) if turned else meaning).partition(" ")
                     result.setdefault((node.id, names[name]), (area, part))
     return result
+
+
+OTHER_NORM = {"norm first": "norm second", "norm second": "norm first"}
+
+
+def _turned(children: Sequence[str], norms: Sequence[str], table: Conventions) -> bool:
+    """Whether the first two of numbered norms are registered beside the attentions so that the first is that of the cross attention."""
+    if not all(name[-1].isdigit() for name in norms):
+        return False
+    branch = [_attention(segment, table) for segment in children]
+    places = [children.index(name) for name in norms[:2]]
+    first = next((place for place, kind in enumerate(branch) if kind), 0)
+    step = 1 if min(places) < first else -1  # a norm stands before what it feeds, or behind what feeds it
+    return [branch[place + step] if 0 <= place + step < len(branch) else None for place in places] == ["cross", "self"]
+
+
+def _attention(segment: str, table: Conventions) -> str | None:
+    return _region(segment_words(segment, loop=False), table.regions["branch"])
+
+
+def numbered_norms(side: Side, table: Conventions) -> set[int]:
+    """Items of norms that have but numbers beside two kinds of attention, in an order that does not say which is whose."""
+    if side.order == "registered":
+        return set()
+    found: set[int] = set()
+    sets = [known for known in table.sets if OTHER_NORM.keys() <= set(known.values()) and all(name[-1].isdigit() for name in known)]
+    for node in side.nodes:
+        if {"self", "cross"} <= {_attention(segment, table) for segment in node.children}:
+            names = {"".join(map(str, pieces_of(segment))): child for segment, child in node.children.items()}
+            for known in sets:
+                if known.keys() <= names.keys():
+                    found.update(i for name, meaning in known.items() if meaning in OTHER_NORM for i in names[name].keys)
+    return found
 
 
 def regions(words: tuple[str, ...], table: Conventions) -> tuple[str | None, ...]:

@@ -159,7 +159,7 @@ def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.nd
 
 
 def surroundings(outcome: Outcome, kept: Sequence[int]) -> float:
-    """The share of the model's entries outside repeated modules that is matched, of the outermost modules with a match: others stay alone."""
+    """The share of the model's entries outside repeated modules that is matched, counted in the outermost modules with a match only."""
     right = outcome.sides[1]
     matched = np.array([int(outcome.solution.t[outcome.pair_of[j]]) for j in kept], dtype=np.intp)
     part = np.array([path[1] if len(path) > 1 else 0 for path in right.paths])

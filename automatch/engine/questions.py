@@ -24,6 +24,7 @@ from automatch.mapping import CONFIDENT, Match, Option, Question
 
 UNSETTLED = 0.8  # a key that hangs on a question is not loaded before it is answered
 MOST = 12  # more open questions than a person would answer are not asked
+_Two = tuple[str, str]
 EXCHANGE_LEAD = 3.0  # of the score, out of about 25
 
 
@@ -155,13 +156,15 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
                 swapped = _swapped(kinds[a], kinds[b], score, by_order)
                 if swapped:
                     pairs[_apart(_module(a), _module(b))].update(swapped)
-    decisions: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[tuple[str, str], tuple[str, str], dict[str, Match]]]] = defaultdict(list)
+    decisions: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[tuple[str, str], tuple[str, str], dict[str, Match]]]] = defaultdict(
+        list
+    )
     for targets, other in pairs.items():
         sources = _source_modules(current, other)
         at, of = _telling(targets), _telling(sources)
         if at is not None and at == of:
             continue  # the names say which is which
-        decision = (targets, sources) if at is None or of is None else min((at, of), (at[::-1], of[::-1]))
+        decision = (targets, sources) if at is None or of is None else min((at, of), ((at[1], at[0]), (of[1], of[0])))
         decisions[decision].append((targets, sources, other))
     result = []
     for decision, parts in decisions.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from automatch.engine.columns import ColumnsOf, Place, is_kept
-from automatch.engine.items import Item, Shape
+from automatch.engine.columns import ColumnsOf, Kind, Place, is_kept
+from automatch.engine.items import Item
 
+_Lists = tuple[Mapping[Kind, Sequence[int]], Iterable[Kind]]
 ALIKE = 0.6  # of the shapes of two members that may stand for one another
 
 
@@ -25,18 +26,34 @@ class Reduction:
 def reduce_repeats(source: Sequence[Item], target: Sequence[Item], columns: ColumnsOf, *, exhaustive: bool = False) -> Reduction:
     """Leave out the inner members of long classes that both sides have in the same length and with mostly the same shapes.
 
-    A list of layers beside an equally long list of pairs of layers is solved member by member.
+    A list of layers beside an equally long list of pairs of layers is solved member by member, and so is one whose
+    counterpart is not a class of that length (a decoder whose first layer alone holds a bias).
     """
     sides = [columns(items) for items in (source, target)]
-    one, two = ({}, {}) if exhaustive else (side.long_classes() for side in sides)
-    sizes = {size for size in one.keys() & two.keys() if any(_alike(a, b) for a in one[size] for b in two[size])}
-    places = [side.place(sizes) for side in sides]
+    numbers = (set[int](), set[int]()) if exhaustive else _reducible(*(side.long_lists() for side in sides))
+    places = [side.place(reduced) for side, reduced in zip(sides, numbers, strict=True)]
     kept = [tuple(i for i, (_, coordinates, dims) in enumerate(p) if is_kept(coordinates, dims)) for p in places]
     return Reduction(kept[0], kept[1], places[0], places[1])
 
 
-def _alike(one: Counter[Shape], two: Counter[Shape]) -> bool:
-    return (one & two).total() >= ALIKE * (one | two).total()
+def _reducible(one: _Lists, two: _Lists) -> tuple[set[int], set[int]]:
+    """The numbers of each side's classes of a length that both have, without those that are rather like a list that is no class."""
+    lengths = {a[0] for a in one[0] for b in two[0] if a[0] == b[0] and _alike(a, b) >= ALIKE}
+    result = set[int](), set[int]()
+    for found, (classes, _), (others, split) in zip(result, (one, two), (two, one), strict=True):
+        for kind, numbers in classes.items():
+            if kind[0] in lengths and _nearest(kind, split) <= _nearest(kind, others):
+                found.update(numbers)
+    return result
+
+
+def _nearest(kind: Kind, others: Iterable[Kind]) -> float:
+    return max((_alike(kind, other) for other in others if other[0] == kind[0]), default=0.0)
+
+
+def _alike(one: Kind, two: Kind) -> float:
+    a, b = Counter(dict(one[1])), Counter(dict(two[1]))
+    return (a & b).total() / (a | b).total()
 
 
 def expand(reduction: Reduction, solved: Mapping[int, int]) -> dict[int, tuple[int, int]]:

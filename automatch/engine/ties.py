@@ -26,11 +26,7 @@ def with_padded(source: StateSpec, target: StateSpec, fed: Sequence[Fed], decide
         padded = [
             t.key
             for t in source
-            if len(t.shape) == 2
-            and t.shape[1] == width
-            and 0 < t.shape[0] - rows < _PADDING
-            and t.key not in used
-            and _holds_words(t.key)
+            if len(t.shape) == 2 and t.shape[1] == width and 0 < t.shape[0] - rows < _PADDING and t.key not in used and _holds_words(t.key)
         ]
         if len(padded) == 1:
             result.append(Fed(tensor.key, (padded[0],), Slice(0, 0, rows), ()))

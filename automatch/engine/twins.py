@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
+from automatch.engine.conventions import numbered_norms, shipped_conventions
 from automatch.engine.features import MEANING
 from automatch.engine.items import canonical
 from automatch.engine.pipeline import Outcome
@@ -47,6 +48,7 @@ def exchangeable(outcome: Outcome) -> set[int]:
     meaning = np.asarray(sum(getattr(weights, name) * solution.evidence[name] for name in MEANING if name in solution.evidence))
     registered = left.order == right.order == "registered"
     owners = _owners(left), _owners(right)
+    numbered = [numbered_norms(side, shipped_conventions()) for side in outcome.sides]
     found: set[int] = set()
     for block in _blocks(outcome):
         leads = [lead for members in block.values() for lead in _leads(outcome, meaning, owners, members)]
@@ -54,7 +56,8 @@ def exchangeable(outcome: Outcome) -> set[int]:
         for one, two, lead in leads:
             needed = AGAINST if _fits(left, right, places, (one, two)) else LEAD
             ordered = _are_numbered(left, right, one, two) if registered else _order_is_sure(left, right, one, two)
-            if lead <= needed and not ordered:
+            unsaid = numbered[0].issuperset((one[2], two[2])) != numbered[1].issuperset((one[1], two[1]))
+            if (lead <= needed and not ordered) or unsaid:
                 found.update((one[0], two[0]))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,7 +55,7 @@ def items_of(spec: StateSpec, without: Iterable[str] = ()) -> list[Item]:
     skipped = set(without)
     entries = [tensor for tensor in spec if tensor.key not in skipped]
     ending = _common_ending([tensor.key for tensor in entries])
-    keys = _numbered_from_zero(_nested(_uncounted([_plain(t.key[: len(t.key) - len(ending)]) for t in entries])))
+    keys = _numbered_from_zero(_nested(_lettered(_uncounted([_plain(t.key[: len(t.key) - len(ending)]) for t in entries]))))
     return [Item(key, t.shape, t.kind, t.owner, (t.key,)) for key, t in zip(keys, entries, strict=True)]
 
 
@@ -70,6 +71,25 @@ def _nested(keys: list[str]) -> list[str]:
     if 2 * flat < len(keys):
         return keys
     return [".".join([*_FLAT.split(parts[0]), *parts[1:]]) if len(parts) == 2 else key for key, parts in zip(keys, segments, strict=True)]
+
+
+_LETTER = re.compile(r"(?<=\d)([a-z])(?:_|(?=[./]|$))")
+
+
+def _lettered(keys: list[str]) -> list[str]:
+    """Keys whose blocks are counted with letters (Keras: ``block4b_expand_bn``; Caffe: ``res4b``), with numbers in their place."""
+    found = [_LETTER.search(key) for key in keys]
+    letters: dict[str, set[str]] = defaultdict(set)
+    for key, letter in zip(keys, found, strict=True):
+        if letter:
+            letters[key[: letter.start()]].add(letter[1])
+    counted = all(sorted(some) == [chr(ord("a") + i) for i in range(len(some))] for some in letters.values())
+    if not counted or sum(len(some) > 1 for some in letters.values()) < 2:
+        return keys
+    return [
+        f"{key[: letter.start()]}.{ord(letter[1]) - ord('a')}.{key[letter.end() :]}".rstrip(".") if letter else key
+        for key, letter in zip(keys, found, strict=True)
+    ]
 
 
 def _uncounted(keys: list[str]) -> list[str]:

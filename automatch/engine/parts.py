@@ -183,6 +183,8 @@ def split_fused(items: list[Item], others: Sequence[Item], *, is_target: bool) -
         plan = _plan(items[members[0]].key, shape, len(members), mine, theirs, have=bool(theirs[canonical(shape)]), pairs=pairs)
         if plan:
             plans.update(dict.fromkeys(members, plan))
+    for i in _left_whole(items, others, plans):
+        del plans[i]
     if not plans:
         return items
     plans.update(_biases(items, plans))
@@ -191,6 +193,31 @@ def split_fused(items: list[Item], others: Sequence[Item], *, is_target: bool) -
     for i, item in enumerate(items):
         result.extend(_split(item, *plans[i], modules, is_target=is_target) if i in plans else [item])
     return result
+
+
+def _left_whole(items: Sequence[Item], others: Sequence[Item], plans: Mapping[int, object]) -> list[int]:
+    """Which fused tensors stay whole, where the other side has some of their shape whole and the rest in parts: those most alike in name."""
+    kinds: dict[Shape, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i in plans:
+        if len(items[i].shape) > 1:
+            kinds[canonical(items[i].shape)][template_of(items[i].key)].append(i)
+    result: list[int] = []
+    for shape, templates in kinds.items():
+        alike = [item.key for item in others if canonical(item.shape) == shape] if len(templates) > 1 else []
+        whole = [key for key in alike if hinted_parts(key)]
+        words = {word for key in whole for word in _words(key)}
+        room = len(whole)
+        for template in sorted(templates, key=lambda template: (-len(words & _words(template)), template)):
+            members = templates[template]
+            if len(members) <= room < sum(map(len, templates.values())):
+                result.extend(members)
+                room -= len(members)
+    stems = {template_of(_stem(items[i].key)) for i in result}
+    return [*result, *(i for i in plans if len(items[i].shape) == 1 and template_of(_stem(items[i].key)) in stems)]
+
+
+def _words(key: str) -> set[str]:
+    return {piece for segment in segments_of(key) for piece in pieces_of(segment) if isinstance(piece, str)}
 
 
 def _biases(items: Sequence[Item], plans: Mapping[int, tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, tuple[int, ...]]]:

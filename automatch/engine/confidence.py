@@ -10,7 +10,7 @@ import numpy as np
 
 from automatch.engine.assemble import Fed
 from automatch.engine.conventions import OTHER_HEAD
-from automatch.engine.features import NAMES, pair_features, surroundings
+from automatch.engine.features import NAMES, pair_features
 from automatch.engine.items import shared_ending
 from automatch.engine.layout import layout
 from automatch.engine.pipeline import Outcome
@@ -178,7 +178,7 @@ def _only_prefixes(outcome: Outcome) -> bool:
 def _capped(outcome: Outcome, kept: Sequence[int], rows: np.ndarray, values: np.ndarray, by_order: Set[int]) -> np.ndarray:
     """Hold down what only order speaks for: spare partners, lists that may run backwards, exchangeable pairs of a block."""
     column = {name: rows[:, i] for i, name in enumerate(NAMES)}
-    stack_only = (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95) & (surroundings(outcome, kept) <= ALONE)
+    stack_only = (column["mean_name"] < 0.7) & (column["cover_t"] < 0.95) & (column["around"] <= ALONE)
     stack_only &= column["shape_kinds"] <= np.log1p(FEW_KINDS) / 4
     values = np.where(stack_only, np.minimum(values, STACK_ONLY_CAP), values)
     stray = (np.minimum(column["home_t"], column["home_s"]) < SURROUNDED) & (values < STRAY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +18,7 @@ NAMES = (
     "mean_node", "mean_name", "mean_score", "home_t", "home_s", "fused", "registered", "whole_t", "whole_s",
     "mean_whole_t", "mean_whole_s", "conflict", "mean_layout", "list_name", "twins",
     "spare_t", "spare_s", "count", "upward", "root_conflict", "root_cover_t", "root_cover_s", "direction", "ending",
-    "shape_share", "shape_kinds", "contrast", "sequence",
+    "shape_share", "shape_kinds", "contrast", "sequence", "around",
 )  # fmt: skip
 
 
@@ -70,6 +69,7 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         **_roots(left, right, t, s, evidence["concept"]),
         "registered": left.order_trust[s] * right.order_trust[t],
         **_shapes(outcome, t),
+        "around": np.full(len(k), _surroundings(right, t)),
     }
     return kept, np.stack([parts[name] for name in NAMES], axis=1)
 
@@ -158,10 +158,8 @@ def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.nd
     }
 
 
-def surroundings(outcome: Outcome, kept: Sequence[int]) -> float:
+def _surroundings(right: Side, matched: np.ndarray) -> float:
     """The share of the model's entries outside repeated modules that is matched, counted in the outermost modules with a match only."""
-    right = outcome.sides[1]
-    matched = np.array([int(outcome.solution.t[outcome.pair_of[j]]) for j in kept], dtype=np.intp)
     part = np.array([path[1] if len(path) > 1 else 0 for path in right.paths])
     outside = np.array([not any(node in right.loop_nodes for node in path) for path in right.paths]) & np.isin(part, part[matched])
     return float(outside[matched].sum() / max(1, outside.sum()))

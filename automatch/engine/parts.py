@@ -196,7 +196,7 @@ def split_fused(items: list[Item], others: Sequence[Item], *, is_target: bool) -
 
 
 def _left_whole(items: Sequence[Item], others: Sequence[Item], plans: Mapping[int, object]) -> list[int]:
-    """Which fused tensors stay whole, where the other side has some of their shape whole and the rest in parts: those most alike in name."""
+    """Which fused tensors stay whole, where the other side has some of their shape whole and others in parts: those most alike in name."""
     kinds: dict[Shape, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in plans:
         if len(items[i].shape) > 1:

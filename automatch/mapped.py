@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
+import os
 import sys
 from types import TracebackType
 from typing import Any, Self, cast
@@ -18,6 +20,16 @@ _POPULATE_READ = 22
 _SMALLEST = 1 << 16
 
 
+def _in_memory(pages: mmap.mmap, start: int, length: int) -> bool:
+    """Whether the kernel holds all these pages of the file, so that no disk will be read (mincore(2); Linux)."""
+    import torch
+
+    address = torch.frombuffer(cast(Any, pages), dtype=torch.uint8, count=1, offset=start).data_ptr()
+    held = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    found: int = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), held)
+    return found == 0 and 0 not in bytes(held)
+
+
 class MappedCheckpoint:
     """An open checkpoint whose large tensors are private mappings of its file: written to, they do not change it.
 
@@ -29,6 +41,9 @@ class MappedCheckpoint:
         self.inner = inner
         self._maps: dict[int, mmap.mmap] = {}
         self._used: list[tuple[mmap.mmap, int, int]] = []
+        self._told = (
+            sys.platform == "linux"
+        )  # whether the kernel tells what it holds: of the files of other users it says that it holds all
 
     @property
     def spec(self) -> StateSpec:
@@ -53,6 +68,7 @@ class MappedCheckpoint:
     def _map(self, file: SourceFile) -> mmap.mmap:
         pages = self._maps.get(id(file))
         if pages is None:
+            self._told = self._told and os.geteuid() in (0, os.fstat(file.fd).st_uid)
             pages = self._maps[id(file)] = mmap.mmap(file.fd, file.size, access=mmap.ACCESS_COPY)
         return pages
 
@@ -64,6 +80,8 @@ class MappedCheckpoint:
         """
         for pages, offset, length in self._used:
             start = offset - offset % mmap.PAGESIZE
+            if self._told and _in_memory(pages, start, offset + length - start):
+                continue  # bringing pages in that are there takes a tenth of the time of the load
             try:
                 pages.madvise(_POPULATE_READ, start, offset + length - start)
             except (AttributeError, ValueError):

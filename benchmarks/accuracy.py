@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py --loo                    # the same, and every learnt table refitted without the group under test
     python benchmarks/accuracy.py --generated 400          # and on 400 random refactorings of real models
     python benchmarks/accuracy.py --merge other.json       # take over runs that were measured elsewhere
+    python benchmarks/accuracy.py --directory benchmarks/corpus_extra/cases   # other cases; nothing is written
     python benchmarks/accuracy.py llama bert --print       # only cases whose id has one of these words; nothing is written
 
 Each case goes through the public `propose_mapping` alone: a module skeleton on the meta device and a dict
@@ -114,7 +115,7 @@ def fit_without(group: str, directory: Path) -> Path:
 
 def jobs_for(args: argparse.Namespace, run_all: Callable[..., Iterable[Path]], directory: Path) -> list[Job]:
     """Every job that the command line asks for, heaviest cases first."""
-    paths = sorted(corpus_cases.case_paths(args.cases), key=lambda path: -path.stat().st_size)
+    paths = sorted(corpus_cases.case_paths(args.cases, directory=args.directory), key=lambda path: -path.stat().st_size)
     cases: list[tuple[str, Path | int]] = [(order, path) for order in args.orders for path in paths]
     cases += [("generated", seed) for seed in range(args.generated)]
     jobs = [Job("automatch", order, case, None, args.timeout) for order, case in cases]
@@ -189,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--merge", nargs="*", type=Path, default=[], metavar="JSON", help="take over runs from other results; measure nothing"
     )
+    result.add_argument("--directory", type=Path, default=corpus_cases.CASES, help="folder of the cases; another one implies --print")
     result.add_argument("--print", action="store_true", dest="only_print", help="print the page, write nothing")
     result.add_argument("--output", type=Path, default=RESULTS / "accuracy.json", help="the .json to write; the .md goes beside it")
     return result
@@ -203,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     command = " ".join(["python benchmarks/accuracy.py", *(sys.argv[1:] if argv is None else argv)])
     data: dict[str, Any] = {"versions": _versions(), "runs": [run | {"command": command} for run in measure(args)]}
-    if args.only_print:
+    if args.only_print or args.directory != corpus_cases.CASES:
         print(figures.markdown(data, baselines.TITLES))
         return
     if args.output.exists() and not args.cases:

@@ -17,7 +17,7 @@ import corpus_cases
 from fit import DATA, EXTRA, group_of_case
 from lexicon import LARGE
 
-from automatch.engine.conventions import LEAVES, words_in_order
+from automatch.engine.conventions import LEAVES, numbered_words, shipped_conventions, words_in_order
 from automatch.engine.items import Item
 from automatch.engine.sides import Side
 
@@ -27,13 +27,14 @@ Words = tuple[str, ...]
 def words_by_group() -> dict[str, set[Words]]:
     """The words of every key of both corpora, by family group."""
     found: dict[str, set[Words]] = defaultdict(set)
+    numbered = numbered_words(shipped_conventions())
     for path in [*corpus_cases.case_paths(), *corpus_cases.case_paths(directory=EXTRA)]:
         case = corpus_cases.load_case(path)
         for name in ("source", "target"):
             keys = [entry[0] for entry in case[name]["entries"]]
             if len(keys) <= LARGE:
                 side = Side([Item(key, (), None, None, (key,)) for key in keys])
-                found[group_of_case(case)].update(words_in_order(side, i) for i in range(side.n))
+                found[group_of_case(case)].update(words_in_order(side, i, numbered) for i in range(side.n))
     return found
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 CORPUS = Path(__file__).parent / "corpus"
+CASES = CORPUS / "cases"
 ORDERS = ("file", "sorted", "shuffled")
 Case = dict[str, Any]
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 
 
-def case_paths(patterns: Sequence[str] = (), *, directory: Path = CORPUS / "cases") -> list[Path]:
+def case_paths(patterns: Sequence[str] = (), *, directory: Path = CASES) -> list[Path]:
     """The corpus files whose id contains one of ``patterns`` (all, if there are none), by name."""
     paths = sorted(directory.glob("*.json.gz"))
     return [path for path in paths if not patterns or any(pattern in path.name.removesuffix(".json.gz") for pattern in patterns)]
@@ -33,7 +34,7 @@ def load_case(path: Path) -> Case:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-def load_cases(patterns: Sequence[str] = (), *, directory: Path = CORPUS / "cases") -> Iterator[Case]:
+def load_cases(patterns: Sequence[str] = (), *, directory: Path = CASES) -> Iterator[Case]:
     """Read the cases whose id contains one of ``patterns``, one at a time."""
     return map(load_case, case_paths(patterns, directory=directory))
 

@@ -147,17 +147,22 @@ def load(directory: str, tool: str, way: str) -> dict[str, Any]:
     """Time a load into a model with memory of its own ("copy"), or on the meta device ("assign")."""
     blocks = _blocks_of(Path(directory, "right.pt"))
     model = _model(NEW, blocks, "cpu" if way == "copy" else "meta")
-    if tool == "automatch":
-        import automatch
-        from automatch import propose_mapping
+    names = {"automatch": "renamed.pt", "torch": "right.pt"}
 
-        propose_mapping(torch.nn.Linear(1, 1), {"weight": torch.empty(1, 1)})  # imports are measured elsewhere
+    def call(model: torch.nn.Module, path: Path) -> None:
+        if tool == "automatch":
+            import automatch
+
+            automatch.load(model, path)
+        else:
+            state_dict = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            model.load_state_dict(state_dict, assign=way == "assign")
+
+    tiny = torch.nn.Linear(1, 1)
+    torch.save(tiny.state_dict(), Path(directory, f"tiny {tool}.pt"))
+    call(tiny, Path(directory, f"tiny {tool}.pt"))  # imports are measured elsewhere
     start = time.perf_counter()
-    if tool == "automatch":
-        automatch.load(model, Path(directory, "renamed.pt"))
-    else:
-        state_dict = torch.load(Path(directory, "right.pt"), mmap=True, weights_only=True, map_location="cpu")
-        model.load_state_dict(state_dict, assign=way == "assign")
+    call(model, Path(directory, names[tool]))
     seconds = time.perf_counter() - start
     for tensor in model.state_dict().values():  # what was mapped into memory only is read when it is used
         tensor.sum()

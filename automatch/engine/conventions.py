@@ -65,6 +65,11 @@ def words_in_order(side: Side, i: int, numbered: Container[str]) -> tuple[str, .
     return tuple(words)
 
 
+def numbered_words(table: Conventions) -> frozenset[str]:
+    """The words of regions that end in a number which is no count (diffusers' ``attn1`` and ``attn2``)."""
+    return frozenset(word for aliases in table.regions.values() for word in aliases if word[-1].isdigit())
+
+
 _COMPOUNDS = {"layernorm": ("layer", "norm"), "feedforward": ("feed", "forward")}  # written as one word or as two
 
 
@@ -187,7 +192,7 @@ def _contains(words: tuple[str, ...], run: tuple[str, ...]) -> bool:
 
 def concept_evidence(source: Side, target: Side, t: np.ndarray, s: np.ndarray, table: Conventions) -> tuple[np.ndarray, np.ndarray]:
     """Agreement in [-1, 1] of what the names of each pair mean, and of the regions they lie in (less for two different heads)."""
-    numbered = {word for aliases in table.regions.values() for word in aliases if word[-1].isdigit()}  # diffusers' attn1 and attn2
+    numbered = numbered_words(table)
     names_t = [words_in_order(target, j, numbered) for j in range(target.n)]
     names_s = [words_in_order(source, i, numbered) for i in range(source.n)]
     known = {name: (concept(name, table), regions(name, table)) for name in dict.fromkeys((*names_t, *names_s))}

@@ -30,7 +30,7 @@ from unittest import mock
 import corpus_cases
 import figures
 
-from automatch.engine import pipeline, solve  # the signals have no public face
+from automatch.engine import conventions, items, parts, pipeline, reduction, solve, twins  # the signals have no public face
 from automatch.engine.sides import Side
 
 HERE = Path(__file__).parent
@@ -59,12 +59,23 @@ GROUPS = {
         "consensus",
     ),
 }
-STEPS: dict[str, tuple[str, Callable[..., Any]]] = {  # what stands in a step's place in `automatch.engine.pipeline`
-    "whole modules": ("keep_whole", lambda chosen, *_: dict(chosen)),
-    "numbers of siblings": ("keep_numbers", lambda chosen, *_: dict(chosen)),
-    "directions of lists": ("keep_directions", lambda chosen, *_: (dict(chosen), set())),
-    "order of registration": ("_sides", lambda items, orders, _: tuple(itertools.starmap(_unordered, zip(items, orders, strict=True)))),
-    "padded vocabularies": ("with_padded", lambda _source, _target, fed, _decided: list(fed)),
+STEPS: dict[str, tuple[Any, str, Callable[..., Any]]] = {  # the module of each step, its name there, and what stands in its place
+    "whole modules": (pipeline, "keep_whole", lambda chosen, *_: dict(chosen)),
+    "numbers of siblings": (pipeline, "keep_numbers", lambda chosen, *_: dict(chosen)),
+    "directions of lists": (pipeline, "keep_directions", lambda chosen, *_: (dict(chosen), set())),
+    "order of registration": (
+        pipeline,
+        "_sides",
+        lambda sides, orders, _: tuple(itertools.starmap(_unordered, zip(sides, orders, strict=True))),
+    ),
+    "padded vocabularies": (pipeline, "with_padded", lambda _source, _target, fed, _decided: list(fed)),
+    "blocks counted with letters": (items, "_lettered", lambda keys: keys),
+    "attn1 and attn2 apart": (conventions, "numbered_words", lambda _: frozenset()),
+    "norms where they are registered": (conventions, "_turned", lambda *_: False),
+    "numbered norms asked about": (twins, "numbered_norms", lambda *_: set()),
+    "lists that are no class": (reduction, "_nearest", lambda *_: 0.0),
+    "four parts in one": (parts, "_parallel", lambda *_: []),
+    "fused tensors that stay whole": (parts, "_left_whole", lambda *_: []),
 }
 COLUMNS = ("perfect_share", "one_answer_share", "macro_recall", "wrong", "confident_wrong")
 
@@ -74,9 +85,9 @@ def signals() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(solve.Weights) if isinstance(f.default, float) and f.name != "none")
 
 
-def _unordered(items: list[Any], order: Any) -> Side:
+def _unordered(found: list[Any], order: Any) -> Side:
     """A side whose order of registration is only known if its keys still have it."""
-    return Side(items, order=order)
+    return Side(found, order=order)
 
 
 @contextmanager
@@ -91,8 +102,8 @@ def without(*names: str) -> Iterator[None]:
     with ExitStack() as stack:
         for module in users:
             stack.enter_context(mock.patch.object(module, "Weights", weights))
-        for step, replacement in (STEPS[name] for name in names if name in STEPS):
-            stack.enter_context(mock.patch.object(pipeline, step, replacement))
+        for module, step, replacement in (STEPS[name] for name in names if name in STEPS):
+            stack.enter_context(mock.patch.object(module, step, replacement))
         yield
 
 

@@ -41,9 +41,7 @@ class MappedCheckpoint:
         self.inner = inner
         self._maps: dict[int, mmap.mmap] = {}
         self._used: list[tuple[mmap.mmap, int, int]] = []
-        self._told = (
-            sys.platform == "linux"
-        )  # whether the kernel tells what it holds: of the files of other users it says that it holds all
+        self._told = sys.platform == "linux"  # whether the kernel tells what it holds; of other users' files it says all
 
     @property
     def spec(self) -> StateSpec:

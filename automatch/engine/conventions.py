@@ -17,6 +17,7 @@ from automatch.keys import pieces_of
 Alias = tuple[tuple[str, ...], tuple[str, ...], str, str]  # context words, words, area, part
 
 
+OTHER_NORM = {"norm first": "norm second", "norm second": "norm first"}
 OTHER_HEAD = 2.0  # the pooler is never what stands before the words' output layer, however alike their shapes are
 Label = tuple[tuple[str, str] | None, tuple[str | None, ...]]
 
@@ -138,9 +139,6 @@ def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tu
                     area, _, part = (OTHER_NORM.get(meaning, meaning) if turned else meaning).partition(" ")
                     result.setdefault((node.id, names[name]), (area, part))
     return result
-
-
-OTHER_NORM = {"norm first": "norm second", "norm second": "norm first"}
 
 
 def _turned(children: Sequence[str], norms: Sequence[str], table: Conventions) -> bool:

@@ -156,9 +156,7 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
                 swapped = _swapped(kinds[a], kinds[b], score, by_order)
                 if swapped:
                     pairs[_apart(_module(a), _module(b))].update(swapped)
-    decisions: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[tuple[str, str], tuple[str, str], dict[str, Match]]]] = defaultdict(
-        list
-    )
+    decisions: dict[tuple[_Two, _Two], list[tuple[_Two, _Two, dict[str, Match]]]] = defaultdict(list)
     for targets, other in pairs.items():
         sources = _source_modules(current, other)
         at, of = _telling(targets), _telling(sources)
@@ -179,7 +177,7 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
     return result
 
 
-def _telling(modules: tuple[str, str]) -> tuple[str, str] | None:
+def _telling(modules: _Two) -> _Two | None:
     """The one word in which two modules differ; None if they differ in more, or in a number."""
     one, two = ([piece for segment in segments_of(module) for piece in pieces_of(segment)] for module in modules)
     differing = [(a, b) for a, b in zip(one, two, strict=False) if a != b]

@@ -178,13 +178,16 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
 
 
 def _telling(modules: _Two) -> _Two | None:
-    """The one word in which two modules differ; None if they differ in more, or in a number."""
-    one, two = ([piece for segment in segments_of(module) for piece in pieces_of(segment)] for module in modules)
-    differing = [(a, b) for a, b in zip(one, two, strict=False) if a != b]
-    if len(one) != len(two) or len(differing) != 1:
+    """The one word, or else the one segment, in which two modules differ; None if they differ in more, or in a number."""
+    one, two = map(segments_of, modules)
+    segments = [(a, b) for a, b in zip(one, two, strict=False) if a != b]
+    if len(one) != len(two) or len(segments) != 1 or template_of(segments[0][0]) == template_of(segments[0][1]):
         return None
-    a, b = differing[0]
-    return (a, b) if isinstance(a, str) and isinstance(b, str) else None
+    words = [(a, b) for a, b in zip(*map(pieces_of, segments[0]), strict=False) if a != b]
+    same_length = len(pieces_of(segments[0][0])) == len(pieces_of(segments[0][1]))
+    if same_length and len(words) == 1 and all(isinstance(word, str) for word in words[0]):
+        return str(words[0][0]), str(words[0][1])
+    return segments[0]
 
 
 def _kind(key: str) -> str:

@@ -94,12 +94,12 @@ def test_numbered_norms_beside_two_attentions_are_asked_about_where_order_is_los
 
 
 def test_one_decision_is_one_question() -> None:
-    """Which encoder is the student decides every key of both."""
-    mapping = proposed("moco-style-to-student-teacher")
-    asked = [question for question in mapping.questions if any(key.startswith("teacher") for key in question.keys)]
-    assert len(asked) == 1
-    assert "'student' and 'teacher'" in asked[0].text
-    assert len(asked[0].keys) > 50
+    """Which of FLAVA's two heads for masked images is which decides every key of both."""
+    mapping = proposed("facebook-flava-full-to-hf")
+    heads = [question for question in mapping.questions if any(key.startswith("mim_head") for key in question.keys)]
+    assert len(heads) == 1
+    assert {key.partition(".")[0] for key in heads[0].keys} == {"mim_head", "mmm_image_head"}
+    assert heads[0].text.startswith("Do 'cmd' and 'imagenet' go to 'mim_head' and 'mmm_image_head' (for instance ")
 
 
 def test_the_rows_of_another_head_are_no_padding() -> None:

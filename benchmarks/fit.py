@@ -33,7 +33,7 @@ from automatch.engine.items import canonical
 from automatch.engine.pipeline import run_stages
 from automatch.engine.registration import read_precedence
 from automatch.engine.solve import Weights
-from automatch.engine.tables import Tables, Trees, read_lexicon, read_trees
+from automatch.engine.tables import NO_TREES, Tables, read_lexicon, read_trees
 from automatch.specs import StateSpec, TensorSpec
 
 HERE = Path(__file__).parent
@@ -167,7 +167,7 @@ def collect(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> Collec
         return None
     source_spec = spec_of(case["source"], corpus_cases.ordered_entries(case, order), "checkpoint")
     target_spec = spec_of(target["target"], target["target"]["entries"], "model")
-    tables = Tables(read_lexicon(words), Trees(0.0, ()), read_precedence(registration))
+    tables = Tables(read_lexicon(words), NO_TREES, read_precedence(registration))
     outcome = run_stages(source_spec, target_spec, tables, Weights())
     kept, rows = pair_features(outcome)
     right, keys = np.zeros(len(kept)), np.zeros(len(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ TORN_CAP = 0.8  # one module fed from two
 ONE_LESS = 0.6  # lists of nearly equal length: one that leaves out its end may leave out its start
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
-ALONE = 0.7  # of what surrounds them is matched, at most: 0.42 and 0.6 in the unrelated pairs of the corpus, 0.93 in parts of composed models
+ALONE = 0.7  # of what surrounds them is matched, at most: 0.42 and 0.6 in unrelated pairs of the corpus, 0.93 in parts of composed models
 FEW_KINDS = 8  # shapes of matrices that the blocks of one width have; stages of several widths do not agree by accident
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
@@ -45,6 +46,9 @@ REGISTERED_CAP = 0.85  # only an order of registration that other pairs contradi
 # on the ten pairs of both corpora that would be shown without it, of which two are right.
 SURROUNDED, STRAY, STRAY_CAP = 0.5, 0.66, 0.2
 SPARE_LEAD, SPARE_CAP = 0.02, 0.75  # a partner that stayed alone and means the same: nothing but order speaks for the choice
+
+
+_SEPARATOR = re.compile(r"[./]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +157,8 @@ def _modules(spec: StateSpec) -> dict[frozenset[tuple[str, tuple[int, ...]]], li
     for tensor in spec:
         key = tensor.key
         content[""].append((key, tensor.shape))
-        for i, character in enumerate(key):
-            if character in "./":
-                content[key[: i + 1]].append((key[i + 1 :], tensor.shape))
+        for separator in _SEPARATOR.finditer(key):
+            content[key[: separator.end()]].append((key[separator.end() :], tensor.shape))
     found: dict[frozenset[tuple[str, tuple[int, ...]]], list[str]] = defaultdict(list)
     for path, entries in content.items():
         found[frozenset(entries)].append(path)

@@ -23,28 +23,34 @@ class Trees:
 
     Args:
         base: log odds before any tree.
-        nodes: per tree, arrays of feature (-1 for a leaf), threshold, left, right and value.
+        roots: the node at which each tree starts.
+        feature, threshold: of each node of all trees, what is compared, and with what.
+        below: the two nodes that follow where the feature is above the threshold and where it is not; a leaf follows itself.
+        value: log odds that each leaf adds.
         note: what it was fitted on.
     """
 
     base: float
-    nodes: tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], ...]
+    roots: np.ndarray
+    feature: np.ndarray
+    threshold: np.ndarray
+    below: np.ndarray
+    value: np.ndarray
     note: str = ""
 
     def probability(self, rows: np.ndarray) -> np.ndarray:
         """The probability in [0, 1] of each row of features."""
-        total = np.full(len(rows), self.base)
-        every = np.arange(len(rows))
-        for feature, threshold, left, right, value in self.nodes:
-            at = np.zeros(len(rows), dtype=np.intp)
-            while True:
-                inner = feature[at] >= 0
-                if not inner.any():
-                    break
-                go_left = rows[every, np.maximum(feature[at], 0)] <= threshold[at]
-                at = np.where(inner, np.where(go_left, left[at], right[at]), at)
-            total += value[at]
-        return 1.0 / (1.0 + np.exp(-total))
+        every = np.arange(len(rows))[:, None]
+        at = np.broadcast_to(self.roots, (len(rows), len(self.roots)))
+        while True:
+            low = rows[every, self.feature[at]] <= self.threshold[at]
+            following = self.below[low.astype(np.intp), at]
+            if np.array_equal(following, at):
+                return 1.0 / (1.0 + np.exp(-(self.base + self.value[at].sum(1))))
+            at = following
+
+
+NO_TREES = Trees(0.0, np.zeros(0, np.intp), np.zeros(0, np.intp), np.zeros(0), np.zeros((2, 0), np.intp), np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +76,15 @@ def read_lexicon(data: Mapping[str, Any]) -> Lexicon:
 
 def read_trees(data: Mapping[str, Any]) -> Trees:
     """The confidence model from its JSON form."""
-    nodes = tuple(
-        (
-            np.array(tree["feature"], dtype=np.intp),
-            np.array(tree["threshold"], dtype=np.float64),
-            np.array(tree["left"], dtype=np.intp),
-            np.array(tree["right"], dtype=np.intp),
-            np.array(tree["value"], dtype=np.float64),
-        )
-        for tree in data["trees"]
+    trees = data["trees"]
+    sizes = [len(tree["feature"]) for tree in trees]
+    starts = np.cumsum([0, *sizes])[:-1]
+    feature, threshold, value = (np.concatenate([np.array(tree[name]) for tree in trees]) for name in ("feature", "threshold", "value"))
+    below = np.stack(
+        [np.concatenate([np.array(tree[way]) + start for tree, start in zip(trees, starts, strict=True)]) for way in ("right", "left")]
     )
-    return Trees(float(data["base"]), nodes, data.get("note", ""))
+    below = np.where(feature < 0, np.arange(len(feature)), below)
+    return Trees(float(data["base"]), starts, np.maximum(feature, 0), threshold, below, value, data.get("note", ""))
 
 
 @lru_cache(maxsize=1)

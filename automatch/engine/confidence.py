@@ -75,7 +75,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         values = _capped(outcome, kept, rows, values, alike)
         values = np.where(values >= CONFIDENT, 1 - SURER * (1 - values), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
-    identical = _identical_parts(outcome)
+    sure = all(p >= IDENTICAL for p in probability.values())
+    identical = {} if sure else _identical_parts(outcome)
     same_name = _KeptNames(outcome)
     runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
     matches = []

@@ -115,7 +115,7 @@ class _Family:
         else:
             both = product(target.incidence, matrix, source.incidence)
         jaccard = _jaccard(both, target.size, source.size, compete=self._compete)
-        values = jaccard.ravel()[self._flat] if isinstance(jaccard, np.ndarray) else at(jaccard, *self._places)
+        values = jaccard.ravel().take(self._flat) if isinstance(jaccard, np.ndarray) else at(jaccard, *self._places)
         return ((values.max(1) * self._weight_t).sum(0) + (values.max(0) * self._weight_s).sum(0))[self._pair]
 
 

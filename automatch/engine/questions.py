@@ -144,6 +144,8 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
         if len(match.sources) == 1 and match.transform.op in ("copy", "permute", "reshape"):
             kinds[_kind(match.target)].append(match)
     doubtful = {kind for kind, members in kinds.items() if min(m.confidence for m in members) < CONFIDENT}
+    if len(doubtful) < 2:
+        return []
     by_shape: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for kind in sorted(doubtful):
         signature = tuple(sorted({outcome.target[m.target].shape for m in kinds[kind]}))

@@ -42,9 +42,9 @@ FEW_KINDS = 8  # shapes of matrices that the blocks of one width have; stages of
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 REGISTERED_CAP = 0.85  # only an order of registration that other pairs contradict, or too few confirm, speaks for the choice
-# Doubtful pairs of a part that mostly has no counterpart agree by accident. Set with decoders of other kinds in view; it rests
-# on the ten pairs of both corpora that would be shown without it, of which two are right.
-SURROUNDED, STRAY, STRAY_CAP = 0.5, 0.66, 0.2
+# Doubtful pairs of a part that mostly has no counterpart agree by accident: of the 48 pairs of both corpora that would be
+# shown without it (six cases) two are right; of the ten more that 0.66 would drop, eight.
+SURROUNDED, STRAY, STRAY_CAP = 0.5, 0.6, 0.2
 SPARE_LEAD, SPARE_CAP = 0.02, 0.75  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 
 
@@ -75,8 +75,8 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
         values = _capped(outcome, kept, rows, values, alike)
         values = np.where(values >= CONFIDENT, 1 - SURER * (1 - values), values)
     probability = {j: float(p) for j, p in zip(kept, values, strict=True)}
-    sure = all(p >= IDENTICAL for p in probability.values())
-    identical = {} if sure else _identical_parts(outcome)
+    doubted = bool(outcome.tied) or any(p < IDENTICAL for p in probability.values())
+    identical = _identical_parts(outcome) if doubted else {}
     same_name = _KeptNames(outcome)
     runners, evidences = _RunnersUp(outcome), _Evidences(outcome)
     matches = []

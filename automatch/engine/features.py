@@ -69,7 +69,6 @@ def pair_features(outcome: Outcome) -> tuple[list[int], np.ndarray]:
         **_roots(left, right, t, s, evidence["concept"]),
         "registered": left.order_trust[s] * right.order_trust[t],
         **_shapes(outcome, t),
-        "around": np.full(len(k), _surroundings(right, t)),
     }
     return kept, np.stack([parts[name] for name in NAMES], axis=1)
 
@@ -147,22 +146,21 @@ def _backwards_risk(left: Side, right: Side, j: int, i: int) -> float:
 
 
 def _roots(left: Side, right: Side, t: np.ndarray, s: np.ndarray, meaning: np.ndarray) -> dict[str, np.ndarray]:
-    """How well the entries outside repeated modules fit: contradictions among their pairs, and the shares that are matched."""
+    """How well the entries outside repeated modules fit: contradictions among their pairs, and the shares that are matched.
+
+    ``around`` is the model's share, counted in the outermost modules with a match only: other models may stand beside.
+    """
     outside = [np.array([not any(node in side.loop_nodes for node in path) for path in side.paths]) for side in (right, left)]
     both = outside[0][t] & outside[1][s]
     n = len(t)
+    part = np.array([path[1] if len(path) > 1 else 0 for path in right.paths])
+    touched = outside[0] & np.isin(part, part[t])
     return {
+        "around": np.full(n, float(outside[0][t].sum() / max(1, touched.sum()))),
         "root_conflict": np.full(n, float((meaning[both] < 0).sum() / max(1, both.sum()))),
         "root_cover_t": np.full(n, float(outside[0][t].sum() / max(1, outside[0].sum()))),
         "root_cover_s": np.full(n, float(outside[1][s].sum() / max(1, outside[1].sum()))),
     }
-
-
-def _surroundings(right: Side, matched: np.ndarray) -> float:
-    """The share of the model's entries outside repeated modules that is matched, counted in the outermost modules with a match only."""
-    part = np.array([path[1] if len(path) > 1 else 0 for path in right.paths])
-    outside = np.array([not any(node in right.loop_nodes for node in path) for path in right.paths]) & np.isin(part, part[matched])
-    return float(outside[matched].sum() / max(1, outside.sum()))
 
 
 def _shapes(outcome: Outcome, t: np.ndarray) -> dict[str, np.ndarray]:

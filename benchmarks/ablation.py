@@ -30,7 +30,7 @@ from unittest import mock
 import corpus_cases
 import figures
 
-from automatch.engine import conventions, items, parts, pipeline, reduction, solve, twins  # the signals have no public face
+from automatch.engine import conventions, items, pipeline, reduction, solve, splits, twins  # the signals have no public face
 from automatch.engine.sides import Side
 
 HERE = Path(__file__).parent
@@ -74,8 +74,8 @@ STEPS: dict[str, tuple[Any, str, Callable[..., Any]]] = {  # the module of each 
     "norms where they are registered": (conventions, "_turned", lambda *_: False),
     "numbered norms asked about": (twins, "numbered_norms", lambda *_: set()),
     "lists that are no class": (reduction, "_nearest", lambda *_: 0.0),
-    "four parts in one": (parts, "_parallel", lambda *_: []),
-    "fused tensors that stay whole": (parts, "_left_whole", lambda *_: []),
+    "four parts in one": (splits, "_parallel", lambda *_: []),
+    "fused tensors that stay whole": (splits, "_left_whole", lambda *_: []),
 }
 COLUMNS = ("perfect_share", "one_answer_share", "macro_recall", "wrong", "confident_wrong")
 

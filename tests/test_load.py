@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import mmap
+import os
 import pickle
+import sys
 
 import pytest
 import safetensors.torch
@@ -11,7 +14,7 @@ from torch import nn
 import automatch
 from automatch.atomic import replace_values
 from automatch.errors import AutomatchError, CheckpointError, LoadError, MappingError, ModelError
-from automatch.mapped import MappedCheckpoint
+from automatch.mapped import MappedCheckpoint, _in_memory
 from automatch.mapping import Match, Option, Question
 from automatch.readers._base import SourceFile
 from automatch.specs import spec_of_state_dict
@@ -368,6 +371,31 @@ def test_large_tensors_are_read_from_the_files_own_pages(large):
     taken_over(torch.ones(1, 200)).sum().backward()
     torch.optim.SGD(taken_over.parameters(), lr=0.1).step()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_pages_are_brought_in_unless_the_kernel_holds_them(large, monkeypatch, told):
+    path, values, feeds = large
+    asked = []
+    monkeypatch.setattr("automatch.mapped._in_memory", lambda pages, start, length: asked.append((start, length)) or told)
+    monkeypatch.setattr("automatch.mapped._POPULATE_READ", -1)  # an advice that the kernel refuses, as an older one does
+    model = nn.Linear(200, 300)
+    automatch.load(model, path, mapping=mapping_of(model, path, feeds))
+    assert torch.equal(model.weight, values["w"])
+    assert [start % mmap.PAGESIZE for start, _ in asked] == [0]
+    assert asked[0][1] >= values["w"].nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore(2)")
+def test_the_kernel_holds_what_was_written_and_not_what_nobody_has_read(tmp_path):
+    written, hole = tmp_path / "written", tmp_path / "hole"
+    written.write_bytes(b"x" * (1 << 20))
+    hole.touch()
+    os.truncate(hole, 1 << 20)
+    for path, held in ((written, True), (hole, False)):
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        assert _in_memory(pages, 0, len(pages)) is held
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_refused(large, monkeypatch):

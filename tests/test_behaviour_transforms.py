@@ -48,6 +48,31 @@ def test_in_proj_of_multihead_attention_is_fused():
     expect(mapping, pairs)
 
 
+class Pool(nn.Module):
+    """Attention pooling over a latent query, its keys and values fused."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.randn(1, 1, dim))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+
+class Pooled(nn.Module):
+    def __init__(self, trunk: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.pool = trunk, pool
+
+
+def test_q_and_kv_become_the_in_proj_of_a_model_whose_trunk_is_split():
+    checkpoint = Pooled(fused_model(), Pool(16)).state_dict()
+    model = Pooled(Transformer(), nn.MultiheadAttention(16, 4))
+    mapping = propose_mapping(model, checkpoint)
+    expect(mapping, {f"pool.in_proj_{leaf}": [f"pool.{n}.{leaf}" for n in ("q", "kv")] for leaf in ("weight", "bias")})
+    assert not any("pool.in_proj_weight" in question.keys for question in mapping.questions)
+    fused = apply_transform(mapping["pool.in_proj_weight"].transform, [checkpoint[key] for key in mapping["pool.in_proj_weight"].sources])
+    assert torch.equal(fused, torch.cat([checkpoint["pool.q.weight"], checkpoint["pool.kv.weight"]]))
+
+
 def test_square_matrices_are_transposed_with_their_siblings():
     model = Transformer()
     own = model.state_dict()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from automatch.engine.items import Item
+from automatch.engine.items import Item, Shape
 from automatch.engine.layout import layout
-from automatch.transforms import Concat, Copy, Permute, Reshape, Stack, Transform, chain
+from automatch.transforms import Concat, Copy, Permute, Reshape, Slice, Stack, Transform, chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +35,58 @@ def assemble(source: Sequence[Item], target: Sequence[Item], pairs: Mapping[int,
         if between is None:
             continue
         result.extend(Fed(real, s.reals, chain(s.how, between, spread), (j,)) for real, spread in zip(t.reals, t.spread, strict=True))
+    ends = _ends(source) if slots else {}
     for key, parts in slots.items():
         parts.sort(key=lambda part: part[1].slot.index if part[1].slot else 0)
-        fused = _fuse(key, parts, transposed)
+        fused = _fuse(key, parts, ends)
         if fused is not None:
             result.append(fused)
     return result
 
 
-def _fuse(key: str, parts: Sequence[tuple[int, Item, Item]], transposed: Callable[[int, int], bool]) -> Fed | None:
+def _ends(source: Sequence[Item]) -> dict[str, int]:
+    """How far the slices of each tensor that was split reach."""
+    ends: dict[str, int] = {}
+    for item in source:
+        if isinstance(item.how, Slice):
+            key = item.reals[0]
+            ends[key] = max(ends.get(key, 0), item.how.start + item.how.length)
+    return ends
+
+
+def _fuse(key: str, parts: Sequence[tuple[int, Item, Item]], ends: Mapping[str, int]) -> Fed | None:
     first = parts[0][1]
     slot = first.slot
     if slot is None or len(parts) != slot.count:
         return None
-    sources = [s for _, _, s in parts]
     items = tuple(j for j, _, _ in parts)
+    pairs = _rejoined(parts, slot.dim, ends)
+    sources = [s for s, _ in pairs]
     between = {layout(s.shape, t.shape) if s.shape != t.shape else Copy() for _, t, s in parts}
     tail = first.spread[0]
     if all(len(s.reals) == 1 and isinstance(s.how, Copy | Reshape) for s in sources):
-        return _concat(key, sources, [t.shape for _, t, _ in parts], slot.dim, items, tail)
+        return _concat(key, sources, [shape for _, shape in pairs], slot.dim, items, tail)
     if all(len(s.reals) > 1 and isinstance(s.how, Stack) for s in sources) and between == {Copy()}:
         return _stack_and_fuse(key, sources, slot.dim, items, tail)
     return None
+
+
+def _rejoined(parts: Sequence[tuple[int, Item, Item]], dim: int, ends: Mapping[str, int]) -> list[tuple[Item, Shape]]:
+    """What feeds the parts and their shapes; neighbours that are the whole of one tensor, in its own order, are one (``q`` and ``kv``)."""
+    result: list[tuple[Item, Shape]] = []
+    for real, run in groupby(parts, key=lambda part: part[2].reals if isinstance(part[2].how, Slice) else part[1].key):
+        members = list(run)
+        at = 0
+        for _, t, s in members:
+            if isinstance(s.how, Slice) and s.how.dim == dim and s.how.start == at and s.shape == t.shape:
+                at += s.how.length
+        _, t, s = members[0]
+        if isinstance(s.how, Slice) and at == ends[real[0]] == sum(part.shape[dim] for _, part, _ in members):
+            shape = (*t.shape[:dim], at, *t.shape[dim + 1 :])
+            result.append((replace(s, shape=shape, how=Copy()), shape))
+        else:
+            result.extend((s, t.shape) for _, t, s in members)
+    return result
 
 
 def _concat(
@@ -64,7 +95,7 @@ def _concat(
     real = tuple(s.reals[0] for s in sources)
     plain = all(isinstance(s.how, Copy) for s in sources)
     if plain and all(s.shape == shape for s, shape in zip(sources, shapes, strict=True)):
-        return Fed(key, real, chain(Concat(dim), tail), items)
+        return Fed(key, real, chain(Concat(dim) if len(real) > 1 else Copy(), tail), items)
     if plain and all(len(s.shape) == 2 and s.shape == shape[::-1] for s, shape in zip(sources, shapes, strict=True)):
         return Fed(key, real, chain(Concat(1 - dim), Permute((1, 0)), tail), items)
     if len({s.shape for s in sources}) != 1 or len({*shapes}) != 1 or len(shapes[0]) > 2:

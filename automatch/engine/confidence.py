@@ -87,7 +87,7 @@ def judge(outcome: Outcome, model: Trees) -> Judged:
             confidence *= TIED
         if _is_unsure(fed):
             confidence = min(confidence, UNSURE)
-        if _order_unsaid(fed):
+        if _order_unsaid(fed, outcome.source):
             confidence = min(confidence, ORDER_CAP)
         kept_name = identical.get(fed.target) == fed.sources or fed in same_name
         if kept_name and isinstance(fed.transform, Copy):
@@ -207,8 +207,8 @@ def _is_unsure(fed: Fed) -> bool:
     return any(isinstance(step, (PermuteElements, Adapt)) for step in steps)  # a union would be made anew each time
 
 
-def _order_unsaid(fed: Fed) -> bool:
-    if not isinstance(fed.transform, Concat) or len(fed.sources) != 2:
+def _order_unsaid(fed: Fed, source: StateSpec) -> bool:
+    if not isinstance(fed.transform, Concat) or len(fed.sources) != 2 or len({source[key].shape for key in fed.sources}) > 1:
         return False
     words = fed.target.lower()
     return not any(word in words for word in ("gate", "kv", "w13", "w12", "qkv", "key_value"))

@@ -23,7 +23,8 @@ def with_virtual_items(source: Sequence[Item], target: Sequence[Item], columns: 
     source, target = merge_axes(source, target, is_target=False), merge_axes(target, source, is_target=True)
     source = stack_repeats(source, target, columns, is_target=False)
     target = stack_repeats(target, source, columns, is_target=True)
-    return split_fused(source, target, is_target=False), split_fused(target, source, is_target=True)
+    parts = split_fused(source, target, is_target=False)
+    return parts, split_fused(target, parts, is_target=True)
 
 
 # ---- axes ------------------------------------------------------------------------------------------------

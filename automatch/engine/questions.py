@@ -33,7 +33,7 @@ def find_questions(outcome: Outcome, judged: Judged) -> tuple[Question, ...]:
     current = {match.target: match for match in judged.matches}
     found = [
         *_copies(outcome, current),
-        *_orders(current),
+        *_orders(outcome, current),
         *_exchanges(outcome, current, judged.by_order),
         *list_questions(outcome, current, judged.by_order),
     ]
@@ -120,11 +120,13 @@ def _largest_only(found: Sequence[Open]) -> list[Open]:
 # ---- the order of fused parts --------------------------------------------------------------------------------------
 
 
-def _orders(current: Mapping[str, Match]) -> list[Open]:
-    """Doubtful concatenations of two parts: the other order."""
+def _orders(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
+    """Doubtful concatenations of two equal parts: the other order (``kv`` is twice as long as ``q``, and nobody fuses it first)."""
     kinds: dict[str, dict[str, Match]] = defaultdict(dict)
     for match in current.values():
-        if match.transform.op == "concat" and len(match.sources) == 2 and match.confidence < CONFIDENT:
+        if match.transform.op != "concat" or len(match.sources) != 2 or match.confidence >= CONFIDENT:
+            continue
+        if outcome.source[match.sources[0]].shape == outcome.source[match.sources[1]].shape:
             kinds[template_of(match.target)][match.target] = replace(match, sources=match.sources[::-1], alternatives=())
     result = []
     for kind, other in kinds.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -141,27 +141,21 @@ def _orders(outcome: Outcome, current: Mapping[str, Match]) -> list[Open]:
 
 def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str]) -> list[Open]:
     """Pairs of target kinds whose sources fit each other nearly as well as their own."""
-    kinds: dict[str, list[Match]] = defaultdict(list)
-    for match in current.values():
-        if len(match.sources) == 1 and match.transform.op in ("copy", "permute", "reshape"):
-            kinds[_kind(match.target)].append(match)
-    doubtful = {kind for kind, members in kinds.items() if min(m.confidence for m in members) < CONFIDENT}
-    if len(doubtful) < 2:
-        return []
-    by_shape: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for kind in sorted(doubtful):
-        signature = tuple(sorted({outcome.target[m.target].shape for m in kinds[kind]}))
-        by_shape[signature, len(kinds[kind])].append(kind)
-    score = _scores(outcome)
-    pairs: dict[tuple[str, str], dict[str, Match]] = defaultdict(dict)
-    for members in by_shape.values():
-        for i, a in enumerate(members[:40]):
-            for b in members[i + 1 : 40]:
-                swapped = _swapped(kinds[a], kinds[b], score, by_order)
-                if swapped:
-                    pairs[_apart(_module(a), _module(b))].update(swapped)
+    alike = list(_alike(outcome, current.values(), lambda match: (_kind(match.target), "")))
+    score = _scores(outcome) if alike else {}
+    pairs: dict[_Two, dict[str, Match]] = defaultdict(dict)
+    for a, b in alike:
+        if _costs_little(a, b, score, by_order):
+            pairs[_modules(a, b)].update(_swapped(a, b))
+    asked = {key for swapped in pairs.values() for key in swapped}
+    open_ = [match for key, match in current.items() if key not in asked and match.confidence < UNSETTLED]
+    for a, b in _alike(outcome, open_, lambda match: (_kind(match.target), _kind(match.sources[0]))):
+        if len(a) > 1 and _are_numbered(a[0].sources[0], b[0].sources[0]) and not _are_numbered(a[0].target, b[0].target):
+            pairs[_modules(a, b)].update(_swapped(a, b))
     decisions: dict[tuple[_Two, _Two], list[tuple[_Two, _Two, dict[str, Match]]]] = defaultdict(list)
     for targets, other in pairs.items():
+        if not other:
+            continue
         sources = _source_modules(current, other)
         at, of = _telling(targets), _telling(sources)
         if at is not None and at == of:
@@ -179,6 +173,30 @@ def _exchanges(outcome: Outcome, current: Mapping[str, Match], by_order: Set[str
         labels = (f"{left} → {a}, {right} → {b}", f"{right} → {a}, {left} → {b}")
         result.append(_either(text, labels, current, other, max(0.5, _mean(current[key] for key in other))))
     return result
+
+
+def _alike(
+    outcome: Outcome, matches: Iterable[Match], kind_of: Callable[[Match], _Two]
+) -> Iterator[tuple[Sequence[Match], Sequence[Match]]]:
+    """Every two kinds of doubtful matches that are as many, and of the same shapes."""
+    kinds: dict[_Two, list[Match]] = defaultdict(list)
+    for match in matches:
+        if len(match.sources) == 1 and match.transform.op in ("copy", "permute", "reshape"):
+            kinds[kind_of(match)].append(match)
+    by_shape: dict[tuple[object, ...], list[_Two]] = defaultdict(list)
+    for kind in sorted(kind for kind, members in kinds.items() if min(m.confidence for m in members) < CONFIDENT):
+        signature = tuple(sorted({outcome.target[m.target].shape for m in kinds[kind]}))
+        by_shape[signature, len(kinds[kind])].append(kind)
+    for members in by_shape.values():
+        for i, a in enumerate(members[:40]):
+            for b in members[i + 1 : 40]:
+                yield kinds[a], kinds[b]
+
+
+def _are_numbered(one: str, two: str) -> bool:
+    """Whether two keys lie side by side in modules that only a number in their names tells apart (``norm1`` and ``norm2`` of a block)."""
+    a, b = segments_of(_kind(one)), segments_of(_kind(two))
+    return a != b and template_of(one) == template_of(two) and a[:-2] == b[:-2]
 
 
 def _telling(modules: _Two) -> _Two | None:
@@ -217,24 +235,34 @@ def _scores(outcome: Outcome) -> Mapping[tuple[str, str], float]:
     }
 
 
-def _swapped(a: Sequence[Match], b: Sequence[Match], score: Mapping[tuple[str, str], float], by_order: Set[str]) -> dict[str, Match]:
-    """The matches after exchanging the sources of two kinds member by member, if the scores hardly fall or only order speaks against it."""
+def _swapped(a: Sequence[Match], b: Sequence[Match]) -> dict[str, Match]:
+    """The matches after exchanging the sources of two kinds member by member, if that is an exchange at all."""
     if any(x.sources == y.sources for x, y in zip(a, b, strict=True)):
         return {}  # tied: exchanging changes nothing
     if {_leaf(x.target) for x in (a[0], b[0])} == {_leaf(x.sources[0]) for x in (a[0], b[0])} and _leaf(a[0].target) != _leaf(b[0].target):
         return {}  # a weight and a bias, each under its own name
-    loss, count = 0.0, 0
     result: dict[str, Match] = {}
+    for x, y in zip(a, b, strict=True):
+        result[x.target] = replace(x, sources=y.sources, transform=y.transform, alternatives=())
+        result[y.target] = replace(y, sources=x.sources, transform=x.transform, alternatives=())
+    return result
+
+
+def _costs_little(a: Sequence[Match], b: Sequence[Match], score: Mapping[_Two, float], by_order: Set[str]) -> bool:
+    """Whether the scores hardly fall if two kinds exchange their sources, or only order speaks against it."""
+    loss, count = 0.0, 0
     for x, y in zip(a, b, strict=True):
         crossed = [score.get((x.target, y.sources[0])), score.get((y.target, x.sources[0]))]
         if None not in crossed:
             own = score.get((x.target, x.sources[0]), x.score) + score.get((y.target, y.sources[0]), y.score)
             loss += own - sum(value for value in crossed if value is not None)
             count += 1
-        result[x.target] = replace(x, sources=y.sources, transform=y.transform, alternatives=())
-        result[y.target] = replace(y, sources=x.sources, transform=x.transform, alternatives=())
-    equals = all(match.target in by_order for match in (*a, *b))
-    return result if count and (equals or loss / count < 2 * EXCHANGE_LEAD) else {}
+    return count > 0 and (all(match.target in by_order for match in (*a, *b)) or loss / count < 2 * EXCHANGE_LEAD)
+
+
+def _modules(a: Sequence[Match], b: Sequence[Match]) -> _Two:
+    """The modules of two kinds of target keys, as far as they tell them apart."""
+    return _apart(_module(_kind(a[0].target)), _module(_kind(b[0].target)))
 
 
 def _module(kind: str) -> str:

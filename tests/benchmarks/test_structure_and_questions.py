@@ -93,6 +93,15 @@ def test_numbered_norms_beside_two_attentions_are_asked_about_where_order_is_los
     assert all(list(answered[key].sources) == truth[key]["sources"] for key in question.keys)
 
 
+def test_numbered_norms_that_went_to_modules_of_their_own_are_one_question() -> None:
+    name = "lightning-torch-encoder-to-user-rewrite"
+    mapping, truth = proposed(name), case_of(name)["truth"]
+    (question,) = mapping.questions
+    assert {key.partition(".")[0] for key in question.keys} == {"pre", "ffn"}
+    answered = mapping.answer(question.id, 1)
+    assert all(list(answered[key].sources) == truth[key]["sources"] for key in question.keys)
+
+
 def test_one_decision_is_one_question() -> None:
     """Which of FLAVA's two heads for masked images is which decides every key of both."""
     mapping = proposed("facebook-flava-full-to-hf")

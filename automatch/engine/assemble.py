@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from automatch.engine.items import Item, Shape
 from automatch.engine.layout import layout
@@ -64,6 +63,8 @@ def _fuse(key: str, parts: Sequence[tuple[int, Item, Item]], ends: Mapping[str, 
     sources = [s for s, _ in pairs]
     between = {layout(s.shape, t.shape) if s.shape != t.shape else Copy() for _, t, s in parts}
     tail = first.spread[0]
+    if len(sources) == 1:
+        return Fed(key, sources[0].reals, chain(sources[0].how, tail), items)
     if all(len(s.reals) == 1 and isinstance(s.how, Copy | Reshape) for s in sources):
         return _concat(key, sources, [shape for _, shape in pairs], slot.dim, items, tail)
     if all(len(s.reals) > 1 and isinstance(s.how, Stack) for s in sources) and between == {Copy()}:
@@ -72,21 +73,25 @@ def _fuse(key: str, parts: Sequence[tuple[int, Item, Item]], ends: Mapping[str, 
 
 
 def _rejoined(parts: Sequence[tuple[int, Item, Item]], dim: int, ends: Mapping[str, int]) -> list[tuple[Item, Shape]]:
-    """What feeds the parts and their shapes; neighbours that are the whole of one tensor, in its own order, are one (``q`` and ``kv``)."""
+    """What feeds the parts and their shapes; neighbours that lie side by side in one tensor are one (``q`` and ``kv``)."""
     result: list[tuple[Item, Shape]] = []
-    for real, run in groupby(parts, key=lambda part: part[2].reals if isinstance(part[2].how, Slice) else part[1].key):
-        members = list(run)
-        at = 0
-        for _, t, s in members:
-            if isinstance(s.how, Slice) and s.how.dim == dim and s.how.start == at and s.shape == t.shape:
-                at += s.how.length
-        _, t, s = members[0]
-        if isinstance(s.how, Slice) and at == ends[real[0]] == sum(part.shape[dim] for _, part, _ in members):
-            shape = (*t.shape[:dim], at, *t.shape[dim + 1 :])
-            result.append((replace(s, shape=shape, how=Copy()), shape))
+    for _, t, s in parts:
+        how, before = s.how, result[-1][0] if result else s
+        if not isinstance(how, Slice) or how.dim != dim or s.shape != t.shape:
+            result.append((s, t.shape))
+        elif (
+            isinstance(before.how, Slice)
+            and before is not s
+            and before.reals == s.reals
+            and before.how.start + before.how.length == how.start
+        ):
+            joined = Slice(dim, before.how.start, before.how.length + how.length)
+            shape = (*t.shape[:dim], joined.length, *t.shape[dim + 1 :])
+            result[-1] = replace(s, shape=shape, how=joined), shape
         else:
-            result.extend((s, t.shape) for _, t, s in members)
-    return result
+            result.append((s, t.shape))
+    whole = [isinstance(s.how, Slice) and s.how.start == 0 and s.how.length == ends[s.reals[0]] for s, _ in result]
+    return [(replace(s, how=Copy()) if all_of_it else s, shape) for (s, shape), all_of_it in zip(result, whole, strict=True)]
 
 
 def _concat(
@@ -95,7 +100,7 @@ def _concat(
     real = tuple(s.reals[0] for s in sources)
     plain = all(isinstance(s.how, Copy) for s in sources)
     if plain and all(s.shape == shape for s, shape in zip(sources, shapes, strict=True)):
-        return Fed(key, real, chain(Concat(dim) if len(real) > 1 else Copy(), tail), items)
+        return Fed(key, real, chain(Concat(dim), tail), items)
     if plain and all(len(s.shape) == 2 and s.shape == shape[::-1] for s, shape in zip(sources, shapes, strict=True)):
         return Fed(key, real, chain(Concat(1 - dim), Permute((1, 0)), tail), items)
     if len({s.shape for s in sources}) != 1 or len({*shapes}) != 1 or len(shapes[0]) > 2:

@@ -30,15 +30,18 @@ TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
 IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
-MOSTLY = 0.9  # of the keys keep their names, so that a name is never an index that was shifted
+MOSTLY, FEWEST = (
+    0.9,
+    0.1,
+)  # of the fed keys, which are this share of the model's at least, keep their names, so that a name is never an index that was shifted
 CERTAIN = 0.999  # every key under its own name, one prefix aside
-STRAIGHTENED = (0.55, 0.8)  # a list was torn before: shapes say which way it goes, the evidence of single pairs did not
+STRAIGHTENED = (0.55, 0.8)  # a list was torn before, or norms out of order: the evidence of single pairs said otherwise
 TORN_CAP = 0.8  # one module fed from two
 ONE_LESS = 0.6  # lists of nearly equal length: one that leaves out its end may leave out its start
 UPWARD_CAP = 0.8  # lists of decoders and necks under other names: some libraries count them from the other end
 STACK_ONLY_CAP = 0.3  # under other names, and what surrounds the repeated blocks stays alone: blocks of any two transformers agree in shape
 ALONE = 0.7  # of what surrounds them is matched, at most: 0.42 and 0.6 in unrelated pairs of the corpus, 0.93 in parts of composed models
-FEW_KINDS = 8  # shapes of matrices that the blocks of one width have; stages of several widths do not agree by accident
+FEW_KINDS = 6  # shapes of matrices that unrelated pairs have in common at most; stages of several widths do not agree by accident
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 REGISTERED_CAP = 0.85  # only an order of registration that other pairs contradict, or too few confirm, speaks for the choice
@@ -107,8 +110,11 @@ class _KeptNames:
 
     def __init__(self, outcome: Outcome) -> None:
         self._source = outcome.source
-        self._mostly = len(outcome.source) <= LARGEST and MOSTLY * len(outcome.fed) <= sum(
-            len(fed.sources) == 1 and _within(fed.target, fed.sources[0]) for fed in outcome.fed
+        few = len(outcome.fed) < FEWEST * len(outcome.target)  # a norm of one name in two architectures says nothing
+        self._mostly = (
+            not few
+            and len(outcome.source) <= LARGEST
+            and MOSTLY * len(outcome.fed) <= sum(len(fed.sources) == 1 and _within(fed.target, fed.sources[0]) for fed in outcome.fed)
         )
         used = {key for fed in outcome.fed for key in fed.sources}
         self._spare: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from automatch.engine.sides import Side
+from automatch.engine.items import canonical
+from automatch.engine.sides import Node, Side
 from automatch.keys import pieces_of
 
 Alias = tuple[tuple[str, ...], tuple[str, ...], str, str]  # context words, words, area, part
 
 
 OTHER_NORM = {"norm first": "norm second", "norm second": "norm first"}
+OTHER_GATED = {"mlp up": "mlp down", "mlp down": "mlp up"}
 OTHER_HEAD = 2.0  # the pooler is never what stands before the words' output layer, however alike their shapes are
 Label = tuple[tuple[str, str] | None, tuple[str | None, ...]]
 
@@ -88,6 +90,8 @@ def segment_words(segment: str, *, loop: bool) -> tuple[str, ...]:
     return tuple(words)
 
 
+LISTED = ("0", "1", "2", "3")
+ATTENTIONS = frozenset(("attn", "attention", "att", "mha"))
 LEAVES = frozenset(
     (
         "weight",
@@ -135,10 +139,36 @@ def sibling_concepts(side: Side, table: Conventions) -> dict[tuple[int, str], tu
         for known in table.sets:
             if known.keys() <= names.keys() and not any((node.id, names[name]) in result for name in known):
                 turned = side.order == "registered" and _turned(list(node.children), [names[name] for name in known], table)
+                other = OTHER_NORM if turned else OTHER_GATED if _is_down_last(side, node, {known[n]: names[n] for n in known}) else {}
                 for name, meaning in known.items():
-                    area, _, part = (OTHER_NORM.get(meaning, meaning) if turned else meaning).partition(" ")
+                    area, _, part = other.get(meaning, meaning).partition(" ")
                     result.setdefault((node.id, names[name]), (area, part))
+        if len(node.children) in (3, 4) and _is_listed_attention(side, node):
+            for segment, part in zip(LISTED, ("q", "k", "v", "out"), strict=True):
+                if segment in node.children:
+                    result[node.id, segment] = ("attention", part)
     return result
+
+
+def _is_down_last(side: Side, node: Node, named: Mapping[str, str]) -> bool:
+    """Whether shapes say that what is usually called the way up of a gated mlp is the way down (EVA's ``w1``, ``w2``, ``w3``)."""
+    if not OTHER_GATED.keys() < named.keys():
+        return False
+    gate, up, down = (
+        {side.shapes[i] for i in node.children[named[part]].keys if len(side.shapes[i]) > 1} for part in ("mlp gate", "mlp up", "mlp down")
+    )
+    return gate == down != up
+
+
+def _is_listed_attention(side: Side, node: Node) -> bool:
+    """Whether a list in an attention holds equal projections: queries, keys, values, and perhaps the output (the Annotated Transformer)."""
+    if set(node.children) != set(LISTED[: len(node.children)]):
+        return False
+    one = node.keys[0]
+    around = side.segments[one][: side.paths[one].index(node.id)][-3:]
+    words = {word for segment in around for word in segment_words(segment, loop=False)}
+    shapes = [sorted(canonical(side.shapes[i]) for i in child.keys) for child in node.children.values()]
+    return bool(words & ATTENTIONS) and max(map(len, shapes[0])) > 1 and all(found == shapes[0] for found in shapes)
 
 
 def _turned(children: Sequence[str], norms: Sequence[str], table: Conventions) -> bool:

@@ -9,6 +9,7 @@ from automatch.engine.assemble import Fed, assemble
 from automatch.engine.columns import ColumnsOf
 from automatch.engine.items import Item, items_of
 from automatch.engine.mirror import keep_directions
+from automatch.engine.named import keep_names, keep_series
 from automatch.engine.numbered import keep_numbers
 from automatch.engine.parts import with_virtual_items
 from automatch.engine.reduction import Reduction, expand, reduce_repeats
@@ -40,7 +41,7 @@ class Outcome:
         fed: what feeds each real target key.
         tied: keys of `fed` that repeat another key's source.
         agreed: target to source templates that pins have decided.
-        straightened: kept target positions in lists that were fed in no one direction before.
+        straightened: kept target positions in lists that were fed in no one direction before, or of norms that were fed out of order.
     """
 
     source: StateSpec
@@ -83,7 +84,9 @@ def run_stages(
         _follow(agreed, solution, left, right)
     index = solution.index
     first = assign(solution, right.n, left.n, weights.none)
-    chosen, torn = keep_directions(keep_numbers(first, index, left, right), left, right)
+    named = keep_names(first, index, left, right)
+    chosen, moved = keep_series(keep_numbers(named, index, left, right), index, left, right)
+    chosen, torn = keep_directions(chosen, left, right)
     solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])
     chosen = keep_whole(chosen, index, left, right, (source, target))
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}
@@ -107,7 +110,7 @@ def run_stages(
         fed,
         tied,
         agreed or {},
-        frozenset(reduction.target_kept[j] for j in torn),
+        frozenset(reduction.target_kept[j] for j in torn | moved),
     )
 
 

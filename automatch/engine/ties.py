@@ -12,6 +12,7 @@ from automatch.specs import StateSpec, TensorSpec
 from automatch.transforms import Copy, Slice
 
 _TIED = {("embedding", "token"), ("head", "lm")}
+_VOCABULARY = frozenset(("decoder", "predictions", "shared", "embed", "lm"))
 _PADDING = 128  # rows; vocabularies are padded to a multiple of this on every tensor-parallel rank
 
 
@@ -99,9 +100,9 @@ def _names_vocabulary(key: str) -> bool:
 
 def _holds_words(key: str) -> bool:
     """Whether the name is that of a vocabulary, not of any other head."""
-    words = _plain_words(key)
-    found = concept(words, shipped_conventions())
-    return found in _TIED or any(word in ("decoder", "predictions", "shared", "embed", "lm") for word in words)
+    own = segments_of(key)[-2:]  # what lies in a module called decoder is no vocabulary
+    named = {word for segment in own for word in segment_words(segment, loop=False)}
+    return concept(_plain_words(key), shipped_conventions()) in _TIED or bool(named & _VOCABULARY)
 
 
 def _plain_words(key: str) -> tuple[str, ...]:

@@ -75,6 +75,34 @@ def proposed(name: str, order: str = "file") -> KeyMapping:
             "model.decoder.layers.0.encoder_attn_layer_norm.weight",
             "transformer.decoder.layers.0.norm1.weight",
         ),
+        # Siblings that are called the same on both sides are not exchanged, although the file holds them in another order.
+        ("perceiver-io-0.2.1-to-0.6.0-encoder", "file", "self_attn_1.0.0.module.norm.weight", "self_attn_1.0.module.0.module.norm.weight"),
+        # Numbered norms take named ones in order of registration where nothing shows what each of them belongs to; of four, two come after.
+        (
+            "idea-dab-detr-r50-to-hf",
+            "file",
+            "model.decoder.layers.0.mlp.final_layer_norm.weight",
+            "transformer.decoder.layers.0.norm3.weight",
+        ),
+        (
+            "hf-gemma4-vision-to-timm-gemma4-vit",
+            "sorted",
+            "blocks.0.norm2.weight",
+            "model.vision_tower.encoder.layers.0.post_attention_layernorm.weight",
+        ),
+        # Three equal projections in a list of an attention are queries, keys and values.
+        ("magicleap-superglue-to-hf", "sorted", "gnn.layers.0.attention.self.value.weight", "gnn.layers.0.attn.proj.2.weight"),
+        # The shapes of w1, w2 and w3 say which of them is the way down.
+        ("baai-eva02-clip-b16-to-timm", "sorted", "blocks.0.mlp.fc2.weight", "visual.blocks.0.mlp.w3.weight"),
+        # A backbone of seven shapes of matrices does not agree by accident.
+        ("tv-vgg16-to-lpips-vgg", "sorted", "net.slice5.28.weight", "features.28.weight"),
+        # Keys and values fused, out of queries, keys and values fused; linear1 has their shape, and a decoder is no vocabulary.
+        (
+            "lightning-minimal-detr-mha-to-own-projections",
+            "file",
+            "encoder.0.attn.kv_proj.weight",
+            "model.transformer.encoder.layers.0.self_attn.in_proj_weight",
+        ),
         # A part of a composed model is all there: what stands beside it in other parts does not count.
         ("audiocraft-musicgen-melody-to-hf", "file", "decoder.model.decoder.layers.0.fc1.weight", "transformer.layers.0.linear1.weight"),
     ],
@@ -113,6 +141,12 @@ def test_one_decision_is_one_question() -> None:
 
 def test_the_rows_of_another_head_are_no_padding() -> None:
     assert "answer_head.logit_fc.3.weight" not in proposed("fabric-lxmert-pretrain-to-hf-vqa")
+
+
+def test_a_norm_of_one_name_in_two_architectures_says_nothing() -> None:
+    other = next(case for case in corpus_cases.load_cases(["timm-mixer_b16_224-to-mmpretrain-mlp_mixer"]))
+    mapping = propose_mapping(corpus_cases.skeleton(other), corpus_cases.state_dict(case_of("microsoft-focalnet-tiny-to-hf"), "sorted"))
+    assert all(match.confidence < CONFIDENT for match in mapping.matches)
 
 
 @pytest.mark.parametrize("name", ["neg-lstm-lm-to-speaker-encoder", "neg-timm-esevovnet39-to-cspdarknet53"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -21,7 +21,9 @@ class _List:
     entries: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict[int, tuple[int, tuple[str, ...]]])
 
 
-def keep_directions(chosen: Mapping[int, int], source: Side, target: Side) -> tuple[dict[int, int], set[int]]:
+def keep_directions(
+    chosen: Mapping[int, int], candidates: Container[tuple[int, int]], source: Side, target: Side
+) -> tuple[dict[int, int], set[int]]:
     """The assignment in which no list is torn: its members go forwards, or all of them backwards, where shapes leave one way only.
 
     Members that are alike in every shape (the widest stages of a decoder) are otherwise taken in the order of the file.
@@ -38,7 +40,7 @@ def keep_directions(chosen: Mapping[int, int], source: Side, target: Side) -> tu
         for number, count in feeds.items():
             if count >= LEAST * len(to.entries):
                 moved = _straightened(result, to, left[number], source, target)
-                if moved:
+                if moved and all(pair in candidates for pair in moved.items()):
                     result = {**{j: i for j, i in result.items() if j not in moved}, **moved}
                     torn.update(moved)
     return result, torn

@@ -86,7 +86,7 @@ def run_stages(
     first = assign(solution, right.n, left.n, weights.none)
     named = keep_names(first, index, left, right)
     chosen, moved = keep_series(keep_numbers(named, index, left, right), index, left, right)
-    chosen, torn = keep_directions(chosen, left, right)
+    chosen, torn = keep_directions(chosen, index, left, right)
     solution.exchange([(index[j, first[j]], index[j, i]) for j, i in chosen.items() if first.get(j, i) != i])
     chosen = keep_whole(chosen, index, left, right, (source, target))
     pair_of = {reduction.target_kept[j]: index[j, i] for j, i in chosen.items()}

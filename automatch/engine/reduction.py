@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from automatch.engine.columns import ColumnsOf, Kind, Place, is_kept
-from automatch.engine.items import Item
+from automatch.engine.items import Item, canonical
 
 _Lists = tuple[Mapping[Kind, Sequence[int]], Iterable[Kind]]
+WHOLE = 2000  # items that are solved without leaving any out
 ALIKE = 0.6  # of the shapes of two members that may stand for one another
 
 
@@ -27,13 +28,27 @@ def reduce_repeats(source: Sequence[Item], target: Sequence[Item], columns: Colu
     """Leave out the inner members of long classes that both sides have in the same length and with mostly the same shapes.
 
     A list of layers beside an equally long list of pairs of layers is solved member by member, and so is one whose
-    counterpart is not a class of that length (a decoder whose first layer alone holds a bias).
+    counterpart is not a class of that length (a decoder whose first layer alone holds a bias). Where all shapes stand in one
+    order on both sides, nothing is left out if that would leave more of one side than of the other.
     """
     sides = [columns(items) for items in (source, target)]
     numbers = (set[int](), set[int]()) if exhaustive else _reducible(*(side.long_lists() for side in sides))
-    places = [side.place(reduced) for side, reduced in zip(sides, numbers, strict=True)]
-    kept = [tuple(i for i, (_, coordinates, dims) in enumerate(p) if is_kept(coordinates, dims)) for p in places]
+    result = _reduced([side.place(reduced) for side, reduced in zip(sides, numbers, strict=True)])
+    if len(result.source_kept) != len(result.target_kept) and _in_one_order(source, target):
+        return _reduced([side.place(set()) for side in sides])
+    return result
+
+
+def _reduced(places: Sequence[list[Place]]) -> Reduction:
+    kept = [tuple(i for i, (_, coordinates, dims) in enumerate(side) if is_kept(coordinates, dims)) for side in places]
     return Reduction(kept[0], kept[1], places[0], places[1])
+
+
+def _in_one_order(source: Sequence[Item], target: Sequence[Item]) -> bool:
+    """Whether both sides hold the same shapes in the same order, and few enough of them to solve them all."""
+    return len(source) == len(target) <= WHOLE and all(
+        canonical(one.shape) == canonical(two.shape) for one, two in zip(source, target, strict=True)
+    )
 
 
 def _reducible(one: _Lists, two: _Lists) -> tuple[set[int], set[int]]:

@@ -90,6 +90,13 @@ def proposed(name: str, order: str = "file") -> KeyMapping:
             "blocks.0.norm2.weight",
             "model.vision_tower.encoder.layers.0.post_attention_layernorm.weight",
         ),
+        # All shapes stand in one order on both sides: the unit after a list of five is the last of six.
+        (
+            "facenet-pytorch-inceptionresnetv1-to-pytorchcv",
+            "file",
+            "features.stage3.unit7.branches.branch1.conv.conv.weight",
+            "block8.branch0.conv.weight",
+        ),
         # Three equal projections in a list of an attention are queries, keys and values.
         ("magicleap-superglue-to-hf", "sorted", "gnn.layers.0.attention.self.value.weight", "gnn.layers.0.attn.proj.2.weight"),
         # The shapes of w1, w2 and w3 say which of them is the way down.

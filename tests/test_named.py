@@ -1,4 +1,4 @@
-"""Siblings of one name on both sides, and norms in series: exchanged back, but never fed twice nor from what does not fit."""
+"""Siblings of one name on both sides, norms in series, lists: exchanged back, but never fed twice nor from what does not fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automatch.engine.items import Item, canonical, items_of
+from automatch.engine.mirror import keep_directions
 from automatch.engine.named import keep_names, keep_series
 from automatch.engine.sides import Side
 from automatch.specs import StateSpec, TensorSpec
@@ -58,3 +59,17 @@ def test_norms_beside_their_modules_may_run_against_their_numbers() -> None:
     fits = {(j, i) for j in range(6) for i in range(6)}
     assert keep_series({0: 2, 1: 3, 2: 0, 3: 1, 4: 4, 5: 5}, fits, apart, target)[1] == set()
     assert keep_series({0: 1, 1: 4, 2: 0, 3: 3, 4: 2, 5: 5}, fits, together, target) == ({0: 1, 1: 3, 2: 0, 3: 4, 4: 2, 5: 5}, {1, 3})
+
+
+def test_a_list_is_straightened_among_candidates_only() -> None:
+    def stages(prefix: str) -> Side:
+        widths = (4, 3, 3, 3)
+        keys = [(f"{prefix}.{n}.{part}.weight", (width,)) for n, width in enumerate(widths) for part in ("a", "b")]
+        tensors = tuple(TensorSpec(key, shape, "float32", None) for key, shape in [*keys, ("x.bias", (9,))])
+        return Side(items_of(StateSpec(tensors, "checkpoint"), ()), order="registered")
+
+    target, source = stages("up"), stages("blocks")
+    torn = {0: 0, 1: 1, 2: 4, 3: 5, 4: 2, 5: 3, 6: 6, 7: 7}
+    every = {(j, i) for j in range(9) for i in range(9)}
+    assert keep_directions(torn, every, source, target) == ({n: n for n in range(8)}, set(range(8)))
+    assert keep_directions(torn, every - {(2, 2)}, source, target) == (torn, set())

@@ -30,10 +30,8 @@ TIED = 0.97  # a key that repeats another's source is nearly as sure as that one
 PADDED = 0.8  # the first rows of a padded vocabulary: what is dropped may have been meant
 RUNNERS_UP = 3
 IDENTICAL, PART, LARGEST = 0.97, 4, 10_000  # a module of four tensors or more that both sides hold once, with the same keys and shapes
-MOSTLY, FEWEST = (
-    0.9,
-    0.1,
-)  # of the fed keys, which are this share of the model's at least, keep their names, so that a name is never an index that was shifted
+MOSTLY = 0.9  # of the fed keys keep their names, so that a name is never an index that was shifted,
+FEWEST = 0.1  # if that many of the model's keys are fed: a norm of one name in two architectures says nothing
 CERTAIN = 0.999  # every key under its own name, one prefix aside
 STRAIGHTENED = (0.55, 0.8)  # a list was torn before, or norms out of order: the evidence of single pairs said otherwise
 TORN_CAP = 0.8  # one module fed from two
@@ -110,10 +108,9 @@ class _KeptNames:
 
     def __init__(self, outcome: Outcome) -> None:
         self._source = outcome.source
-        few = len(outcome.fed) < FEWEST * len(outcome.target)  # a norm of one name in two architectures says nothing
         self._mostly = (
-            not few
-            and len(outcome.source) <= LARGEST
+            len(outcome.source) <= LARGEST
+            and len(outcome.fed) >= FEWEST * len(outcome.target)
             and MOSTLY * len(outcome.fed) <= sum(len(fed.sources) == 1 and _within(fed.target, fed.sources[0]) for fed in outcome.fed)
         )
         used = {key for fed in outcome.fed for key in fed.sources}

@@ -90,8 +90,8 @@ def _series(numbered: Side, named: Side, pairs: Iterable[tuple[int, int, int]]) 
     """Entries of three or more norms of one block that only their numbers tell apart, by number, whose partners have names."""
     found: dict[tuple[str, ...], list[tuple[int, tuple[int, int, int]]]] = defaultdict(list)
     for pair in pairs:
-        segments = numbered.segments[pair[0]]
-        if len(numbered.shapes[pair[0]]) == 1 and len(segments) > 1 and not segments[-2].isdigit():
+        segments, owner = numbered.segments[pair[0]], numbered.nodes[numbered.paths[pair[0]][-1]]
+        if len(segments) > 1 and not segments[-2].isdigit() and all(len(numbered.shapes[i]) < 2 for i in owner.keys):
             numbers = numbers_of(segments[-2])
             if len(numbers) == 1:
                 found[*segments[:-2], template_of(segments[-2]), segments[-1]].append((numbers[0], pair))

@@ -30,7 +30,7 @@ from unittest import mock
 import corpus_cases
 import figures
 
-from automatch.engine import conventions, items, pipeline, reduction, solve, splits, twins  # the signals have no public face
+from automatch.engine import assemble, conventions, items, pipeline, reduction, solve, splits, twins  # the signals have no public face
 from automatch.engine.sides import Side
 
 HERE = Path(__file__).parent
@@ -76,6 +76,12 @@ STEPS: dict[str, tuple[Any, str, Callable[..., Any]]] = {  # the module of each 
     "lists that are no class": (reduction, "_nearest", lambda *_: 0.0),
     "four parts in one": (splits, "_parallel", lambda *_: []),
     "fused tensors that stay whole": (splits, "_left_whole", lambda *_: []),
+    "parts put together again": (assemble, "_rejoined", lambda parts, *_: [(source, part.shape) for _, part, source in parts]),
+    "names of siblings": (pipeline, "keep_names", lambda chosen, *_: dict(chosen)),
+    "norms in series": (pipeline, "keep_series", lambda chosen, *_: (dict(chosen), set())),
+    "lists of projections": (conventions, "_is_listed_attention", lambda *_: False),
+    "which way is down": (conventions, "_is_down_last", lambda *_: False),
+    "all shapes in one order": (reduction, "_in_one_order", lambda *_: False),
 }
 COLUMNS = ("perfect_share", "one_answer_share", "macro_recall", "wrong", "confident_wrong")
 

@@ -17,6 +17,8 @@ from automatch.engine.splits import split_fused
 from automatch.keys import segments_of
 from automatch.transforms import Copy, Permute, Reshape, Slice, Stack, Transform, chain
 
+LARGEST_KERNEL = 7  # pixels on a side
+
 
 def with_virtual_items(source: Sequence[Item], target: Sequence[Item], columns: ColumnsOf) -> tuple[list[Item], list[Item]]:
     """Both sides with their axes merged, repetitions stacked and fused tensors split where the other side asks for it."""
@@ -59,8 +61,13 @@ class _Merged:
 def _merged(shape: Shape) -> list[_Merged]:
     """What merging neighbouring axes gives, fewest merged first; then (head, input, head size) as one matrix of inputs and outputs."""
     n = len(shape)
+    convolves = n > 3 and 1 < shape[-1] == shape[-2] <= LARGEST_KERNEL  # its inputs and outputs are no heads and head size
     spans = [(i, j) for width in range(2, n + 1) for i in range(n - width + 1) for j in (i + width,)]
-    plain = [(*shape[:i], math.prod(shape[i:j]), *shape[j:]) for i, j in spans if min(shape[i:j]) > 1 and (j - i < n or n == 2)]
+    plain = [
+        (*shape[:i], math.prod(shape[i:j]), *shape[j:])
+        for i, j in spans
+        if min(shape[i:j]) > 1 and (j - i < n or n == 2) and not (convolves and j == 2)
+    ]
     result = [_Merged(whole, Reshape(whole), Reshape(shape)) for whole in plain]
     if n == 3 and min(shape) > 1:
         heads, inputs, size = shape

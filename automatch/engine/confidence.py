@@ -43,8 +43,8 @@ FEW_KINDS = 6  # shapes of matrices that unrelated pairs have in common at most;
 OTHER_HEAD_CAP = 0.3  # one serves words, the other the whole input
 ORDER_CAP = 0.8  # two parts fused under a name that does not say in which order
 REGISTERED_CAP = 0.85  # only an order of registration that other pairs contradict, or too few confirm, speaks for the choice
-# Doubtful pairs of a part that mostly has no counterpart agree by accident: of the 48 pairs of both corpora that would be
-# shown without it (six cases) two are right; of the ten more that 0.66 would drop, eight.
+# Doubtful pairs of a part that mostly has no counterpart agree by accident: of the 31 pairs of both corpora that would be
+# shown without it (nine cases) six are right; of the ten more that 0.66 would drop, six.
 SURROUNDED, STRAY, STRAY_CAP = 0.5, 0.6, 0.2
 SPARE_LEAD, SPARE_CAP = 0.02, 0.75  # a partner that stayed alone and means the same: nothing but order speaks for the choice
 

@@ -62,13 +62,12 @@ def keep_series(
         for series in _series(numbered, named, pairs):
             if numbered.order != "registered" or any(result[j] != chosen[j] for _, _, j in series):
                 continue
-            owners = [[side.paths[item][-1] for item in items] for side, items in _by_side(numbered, named, series)]
             in_order = sorted((named.position[b], b) for _, b, _ in series)
             sure = all(named.order_is_sure(one, two) for (_, one), (_, two) in pairwise(in_order))
             if (
                 not sure
                 or [b for _, b in in_order] == [b for _, b, _ in series]
-                or all(_apart(side, nodes) for side, nodes in zip((numbered, named), owners, strict=True))
+                or (_apart(numbered, [a for a, _, _ in series]) and _apart(named, [b for _, b, _ in series]))
             ):
                 continue
             feeds = {
@@ -79,11 +78,6 @@ def keep_series(
                 moved.update(j for j, i in feeds.items() if result[j] != i)
                 result.update(feeds)
     return result, moved
-
-
-def _by_side(numbered: Side, named: Side, series: Sequence[tuple[int, int, int]]) -> Iterator[tuple[Side, list[int]]]:
-    yield numbered, [a for a, _, _ in series]
-    yield named, [b for _, b, _ in series]
 
 
 def _series(numbered: Side, named: Side, pairs: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
@@ -103,7 +97,7 @@ def _series(numbered: Side, named: Side, pairs: Iterable[tuple[int, int, int]]) 
             yield own
 
 
-def _apart(side: Side, nodes: Sequence[int]) -> bool:
-    """Whether other items stand between every two of these modules."""
-    places = sorted([side.position[i] for i in side.nodes[node].keys] for node in nodes)
+def _apart(side: Side, items: Iterable[int]) -> bool:
+    """Whether other items stand between every two of the modules that hold these."""
+    places = sorted(sorted(side.position[i] for i in side.nodes[side.paths[item][-1]].keys) for item in items)
     return all(two[0] - one[-1] > 1 for one, two in pairwise(places))
